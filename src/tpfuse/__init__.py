@@ -1,0 +1,1 @@
+"""Graph fusions for tensor-parallel LLM inference under ``torch.compile``."""
