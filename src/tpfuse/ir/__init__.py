@@ -1,0 +1,6 @@
+"""The operators, one family a module.  Importing this package declares them all."""
+
+from tpfuse.ir import activation, collective, fused, matmul, norm, quant
+from tpfuse.ir.op import Kernel, Op, find, op, registry
+
+__all__ = ["Kernel", "Op", "activation", "collective", "find", "fused", "matmul", "norm", "op", "quant", "registry"]

@@ -1,0 +1,222 @@
+"""The declaration of an operator.  From one function with a straight-line body come its torch.library registration, its
+fake, the rule that finds it, the unfused path, the oracle of its tests and its documentation."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tpfuse.report import Decline
+from tpfuse.target import Target
+
+NAMESPACE = "tpfuse"
+Args = Mapping[str, Any]  # an operator's arguments by name; tensors are fake tensors or real ones
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+registry: dict[str, Op] = {}
+_shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of an operator.
+
+    backend: the name that preferences and tables use.  launch: "module:function", imported when first picked.
+    supports(args, target): None, or why this kernel cannot serve these arguments.
+    algorithm: tells two kernels of one back end apart ("one_shot").
+    """
+
+    backend: str
+    launch: str
+    supports: Callable[[Args, Target], Decline | None]
+    algorithm: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}:{self.algorithm}" if self.algorithm else self.backend
+
+
+class Op:
+    """An operator: `reference` (the body), `fake`, `rows`, `kernels`.
+
+    rows says how rows (tokens) flow: "local" (row i of the result needs row i of the row arguments only), "collective"
+    (local apart from a sum or a move over ranks), "mixing" (rows meet one another).
+    row_args: the arguments that have a row per token.
+    """
+
+    def __init__(
+        self,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any] | None,
+        sample: Callable[..., dict[str, Any]],
+        rows: str,
+        row_args: Sequence[str],
+        commutes: tuple[str, str] | None,
+        fuse: str | None,
+        guard: Callable[[Args], Decline | None],
+    ) -> None:
+        self.reference = reference
+        self.name = reference.__name__
+        self.doc = inspect.getdoc(reference) or ""
+        self.sample = sample
+        self.rows = rows
+        self.row_args = tuple(row_args)
+        self.commutes = commutes
+        self.fuse = fuse
+        self.guard = guard
+        self.kernels: list[Kernel] = [Kernel("reference", "", lambda args, target: None)]
+        self.params = list(inspect.signature(reference).parameters)
+        self.collective = "group" in self.params
+        self.leaf_fake = fake
+        self._register()
+
+    def _register(self) -> None:
+        schema = torch.library.infer_schema(self.reference, mutates_args=())
+        args, returns = schema.rsplit(" -> ", 1)
+        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, self.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self.fake, lib=_library)
+        # The form in final graphs: which kernel, which results are alive (a bit mask) and, for a collective, the channel
+        # whose mutation keeps the collectives of a graph in program order under any scheduler.
+        channel = "Tensor(a!) channel, " if self.collective else ""
+        required = ", ".join(a.split("=")[0] for a in _split(args[1:-1]))
+        lowered = f"{self.name}.lowered({channel}{required}, str kernel, int alive) -> {returns}"
+        _library.define(lowered, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(f"{self.name}.lowered", self._launch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}.lowered", self._lowered_fake, lib=_library)
+        self.packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
+        self.default: torch._ops.OpOverload = self.packet.default
+        self.lowered: torch._ops.OpOverload = self.packet.lowered
+        self.results = len(self.default._schema.returns)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A node when traced, shapes only inside a fake, else the body."""
+        bound = self.bind(args, kwargs)
+        values = list(bound.values())
+        if any(isinstance(a, fx.Proxy) for a in values):
+            tracer = next(a for a in values if isinstance(a, fx.Proxy)).tracer
+            out = tracer.create_proxy("call_function", self.default, tuple(values), {})
+            return out if self.results == 1 else tuple(out[i] for i in range(self.results))
+        return self.fake(*values) if _shapes_only.get() else self.reference(*values)
+
+    def fake(self, *args: Any, **kwargs: Any) -> Any:
+        """Empty results of the right shape, dtype and stride; a composite's are those of its body's smaller operators."""
+        values = self.bind(args, kwargs).values()  # the dispatcher leaves out what equals a default
+        if self.leaf_fake is not None:
+            return self.leaf_fake(*values)
+        token = _shapes_only.set(True)
+        try:
+            return self.reference(*values)
+        finally:
+            _shapes_only.reset(token)
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Arguments by name in the schema's order, defaults filled in.  TypeError for what does not fit."""
+        bound = inspect.signature(self.reference).bind(*args, **(kwargs or {}))
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def kernel(
+        self, backend: str, launch: str, supports: Callable[[Args, Target], Decline | None], algorithm: str = ""
+    ) -> None:
+        """Register a kernel; the module in `launch` is imported only when the kernel is first picked."""
+        self.kernels.append(Kernel(backend, launch, supports, algorithm))
+
+    def launcher(self, name: str) -> Callable[..., Any]:
+        kernel = next(k for k in self.kernels if k.name == name)
+        if kernel.backend == "reference":
+            return self._reference_alive
+        module, function = kernel.launch.split(":")
+        return getattr(importlib.import_module(module), function)
+
+    def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
+        *args, name, mask = (*args, *(v for v in (kernel, alive) if v is not None))
+        if self.collective:
+            args = args[1:]
+        return self.launcher(name)(*args, alive=tuple(bool(mask >> i & 1) for i in range(self.results)))
+
+    def _reference_alive(self, *args: Any, alive: tuple[bool, ...]) -> Any:
+        return _keep(self.reference(*args), alive)
+
+    def _lowered_fake(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
+        *args, _, mask = (*args, *(v for v in (kernel, alive) if v is not None))
+        if self.collective:
+            args = args[1:]
+        return _keep(self.fake(*args), tuple(bool(mask >> i & 1) for i in range(self.results)))
+
+    def __repr__(self) -> str:
+        return f"Op({self.name})"
+
+
+def op(
+    *,
+    sample: Callable[..., dict[str, Any]],
+    fake: Callable[..., Any] | None = None,
+    rows: str = "local",
+    row_args: Sequence[str] = ("x",),
+    commutes: tuple[str, str] | None = None,
+    fuse: str | None = None,
+    guard: Callable[[Args], Decline | None] = lambda args: None,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare an operator.
+
+    fuse: the pass whose rules are derived from the body, if any: a name of `config.PASSES`, or "always" for a composite that
+    others build on.  commutes: two row arguments that may be exchanged.  guard: why a match must not become this operator.
+    """
+
+    def declare(reference: Callable[..., Any]) -> Op:
+        declared = Op(reference, fake, sample, rows, row_args, commutes, fuse, guard)
+        registry[declared.name] = declared
+        return declared
+
+    return declare
+
+
+def find(target: Any) -> Op | None:
+    """The operator that a graph node's target belongs to, or None.  Both the default and the lowered overload are found."""
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+        return registry.get(target._schema.name.split("::")[1])
+    return None
+
+
+def optional_add(y: Any, bias: Any) -> Any:
+    """A step that a body may do without: y + bias, or y where bias is None.  Rules for both forms are derived."""
+    if isinstance(y, fx.Proxy):
+        return _optional(y, torch.ops.aten.add.Tensor, bias)
+    return y if bias is None else y + bias
+
+
+def optional_scale(y: Any, alpha: Any) -> Any:
+    """A step that a body may do without: y · alpha, or y where alpha is 1.0."""
+    if isinstance(y, fx.Proxy):
+        return _optional(y, torch.ops.aten.mul.Tensor, alpha)
+    return y if alpha == 1.0 else y * alpha
+
+
+def _optional(y: fx.Proxy, target: Any, argument: fx.Proxy) -> fx.Proxy:
+    out = y.tracer.create_proxy("call_function", target, (y, argument), {})
+    out.node.meta["optional"] = argument.node.name
+    return out
+
+
+def _keep(out: Any, alive: tuple[bool, ...]) -> Any:
+    if isinstance(out, Tensor):
+        return out
+    return tuple(o if a else o.new_empty(0) for o, a in zip(out, alive, strict=True))
+
+
+def _split(args: str) -> list[str]:
+    """Split a schema's argument list at its commas, brackets respected."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(args):
+        depth += (c in "([") - (c in ")]")
+        if c == "," and depth == 0:
+            parts.append(args[start:i].strip())
+            start = i + 1
+    return [*parts, args[start:].strip()] if args.strip() else []

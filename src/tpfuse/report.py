@@ -1,0 +1,146 @@
+"""What happened to every site, as data.  Each stage returns events; a Report collects them and is printed by `explain`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tpfuse.target import Range
+
+STATUSES = ("fired", "declined", "lowered", "unfused")
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A named reason.  code: one stable word ("weight_dtype"), for programs.  detail: one sentence, for people."""
+
+    code: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}" if self.detail else self.code
+
+
+class FusionError(RuntimeError):
+    """A promise that could not be kept: a missing fusion under `strict`, ranks that disagree, a peer that never came."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened at one site.
+
+    status: "fired" (a rule rewrote the site), "declined" (the closest rule did not, `reason` says why), "lowered" (a kernel
+    was chosen) or "unfused" (fused, then taken apart again for want of a kernel; counts as declined).
+    rule: the rule's or operator's name.  site: the layer path ("model.layers.3.mlp").  range: None where it holds for all.
+    attributes: what the operator carries (eps, weight_bias, scheme, kernel …).
+    """
+
+    status: str
+    rule: str
+    site: str = ""
+    range: Range | None = None
+    reason: Decline | None = None
+    attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        where = self.site or "(graph)"
+        extra = f" ({self.reason})" if self.reason else ""
+        attrs = "".join(f" {k}={v}" for k, v in self.attributes.items())
+        return f"{self.status:8} {self.rule:36} {where}{attrs}{extra}"
+
+
+@dataclass
+class RangeResult:
+    """What one compiled graph holds: `ops`, the tpfuse operators in the final graph by name, in program order."""
+
+    graph: int
+    range: Range
+    ops: list[str]
+    events: list[Event]
+
+
+class Report:
+    """The fusion report of one process: filled at compile time of every graph and range, compile-cache hit or not."""
+
+    def __init__(self) -> None:
+        self.results: list[RangeResult] = []
+        self.shared: list[Event] = []  # of no particular range: raising, training graphs
+        self.verified: list[dict[str, Any]] = []  # filled by Config(verify=True): one row a site and call
+
+    def add(self, result: RangeResult) -> None:
+        self.results.append(result)
+
+    @property
+    def events(self) -> list[Event]:
+        return self.shared + [e for r in self.results for e in r.events]
+
+    @property
+    def ranges(self) -> list[Range]:
+        return sorted({r.range for r in self.results})
+
+    def counts(self, range: Range | None = None) -> dict[str, int]:
+        """Operators of tpfuse in the final graphs by name; `range=None` sums over the ranges compiled so far."""
+        names: Counter[str] = Counter()
+        for result in self.results:
+            if range is None or result.range == range:
+                names.update(result.ops)
+        return dict(sorted(names.items()))
+
+    def fired(self, range: Range | None = None) -> list[Event]:
+        return self._select({"fired"}, range)
+
+    def declined(self, range: Range | None = None) -> list[Event]:
+        """Sites left as they were, or taken apart again, each with its named reason."""
+        return self._select({"declined", "unfused"}, range)
+
+    def _select(self, statuses: set[str], range: Range | None) -> list[Event]:
+        return [e for e in self.events if e.status in statuses and (range is None or e.range in (None, range))]
+
+    def to_json(self) -> str:
+        """A JSON text: `counts`, `ranges`, `events`, and `verified` where verification ran."""
+        return json.dumps(
+            {
+                "counts": self.counts(),
+                "ranges": [
+                    {"graph": r.graph, "range": [r.range.start, r.range.end], "ops": dict(Counter(r.ops))}
+                    for r in self.results
+                ],
+                "events": [_event_json(e) for e in self.events],
+                "verified": self.verified,
+            },
+            indent=1,
+        )
+
+    def __str__(self) -> str:
+        lines = []
+        for result in self.results:
+            ops = ", ".join(f"{n} × {name}" for name, n in sorted(Counter(result.ops).items())) or "no tpfuse operator"
+            lines.append(f"graph {result.graph}, tokens {result.range}: {ops}")
+            lines += [f"  {line}" for line in _grouped(result.events)]
+        if self.shared:
+            lines.append("every range:")
+            lines += [f"  {line}" for line in _grouped(self.shared)]
+        return "\n".join(lines) or "nothing compiled yet"
+
+
+def _event_json(event: Event) -> dict[str, Any]:
+    out = asdict(event)
+    out["range"] = [event.range.start, event.range.end] if event.range else None
+    out["attributes"] = {k: str(v) if not isinstance(v, int | float | str | None) else v for k, v in event.attributes.items()}
+    return out
+
+
+def _grouped(events: Iterable[Event]) -> list[str]:
+    """Events that differ in nothing but the layer number share a line."""
+    groups: dict[str, list[Event]] = {}
+    for event in events:
+        key = str(Event(event.status, event.rule, _numberless(event.site), None, event.reason, event.attributes))
+        groups.setdefault(key, []).append(event)
+    return [key if len(es) == 1 else f"{key}  × {len(es)}" for key, es in groups.items()]
+
+
+def _numberless(site: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in site.split("."))
