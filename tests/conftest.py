@@ -1,0 +1,32 @@
+"""Settings of every test.  Kernels run in Triton's interpreter only where a test asks for it."""
+
+import contextlib
+import os
+from pathlib import Path
+
+# Before torch is imported: several ranks share the cores, and results must not depend on the number of threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+TESTS = Path(__file__).parent
+torch.set_num_threads(1)
+
+with contextlib.suppress(ImportError):  # the GPU tests run where only torch and pytest are installed
+    import hypothesis
+
+    # Compilation and loaded machines make single examples slow: the time-out of the whole test bounds them.
+    hypothesis.settings.register_profile("tpfuse", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("tpfuse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder == "dist" or "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.ranks)
+        if folder == "gpu":
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

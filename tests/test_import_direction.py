@@ -1,0 +1,60 @@
+"""The import-direction check passes on the sources and catches planted violations."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.import_direction import check_tree
+
+SOURCES = Path(__file__).parent.parent / "src" / "tpfuse"
+
+
+def test_sources_point_one_way():
+    assert check_tree(SOURCES) == []
+
+
+def plant(tmp_path: Path, file: str, code: str) -> list[str]:
+    path = tmp_path / "tpfuse" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    return check_tree(tmp_path / "tpfuse")
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "complaint"),
+    [
+        ("target.py", "import tpfuse.ir.op", "target must not import ir"),
+        ("ir/op.py", "from tpfuse.rewrite import match", "ir must not import rewrite"),
+        ("ir/op.py", "from tpfuse import compile", "ir must not import compile"),
+        ("ir/deep/er.py", "from ...rewrite import match", "ir must not import rewrite"),
+        ("fusion/composites.py", "from ..raising.norms import raise_norm", "fusion must not import raising"),
+        ("lowering/select.py", "def f():\n    from tpfuse.kernels import signal", "lowering must not import kernels"),
+        ("compile.py", "from tpfuse.kernels import signal", "compile must not import kernels"),
+        ("kernels/signal.py", "import tpfuse.lowering.table", "kernels must not import lowering"),
+        ("runtime/agreement.py", "import tpfuse.compile", "runtime must not import compile"),
+        ("ir/fused.py", "import tpfuse.gadgets", "gadgets has no layer"),
+        ("raising/norms.py", "import torch\nx = torch.cuda.is_available()", "asks for a device: torch.cuda"),
+        ("fusion/composites.py", "from torch import cuda", "asks for a device: import of torch.cuda"),
+        ("fusion/composites.py", "from tpfuse.target import Target", "a device: import of tpfuse.target.Target"),
+    ],
+)
+def test_catches(tmp_path, file, code, complaint):
+    (found,) = plant(tmp_path, file, code)
+    assert complaint in found
+    assert found.startswith(f"{tmp_path / 'tpfuse' / file}:{len(code.splitlines())}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [
+        ("ir/op.py", "import tpfuse.target, torch\nfrom tpfuse.ir import fused\nfrom .norm import rms_norm"),
+        ("fusion/composites.py", "from tpfuse.target import Range\nfrom ..rewrite.rule import Rule"),
+        ("compile.py", "def f():\n    from tpfuse.kernels import workspace"),
+        ("kernels/signal.py", "import torch\nfrom tpfuse.ir.op import op\nx = torch.cuda.current_device()"),
+        ("report.py", "from tpfuse.target import Range"),
+        ("cli/run.py", "import tpfuse.compile\nfrom tpfuse.runtime import agreement"),
+        ("__init__.py", "from tpfuse.compile import backend"),
+    ],
+)
+def test_allows(tmp_path, file, code):
+    assert plant(tmp_path, file, code) == []
