@@ -1,0 +1,154 @@
+"""IR to IR by the composites' own bodies, to a fixpoint: smaller operators become the largest declared one that fits."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import fx
+
+from tpfuse.ir.op import Op, find, registry
+from tpfuse.report import Decline, Event
+from tpfuse.rewrite.emit import emit
+from tpfuse.rewrite.order import ORDER, is_collective, latest_collective, number_collectives, sort
+from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
+from tpfuse.rewrite.site import site_of
+
+Fuel = Callable[[], bool]  # takes one unit; False when none is left
+
+
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """Every derived rule, composites in the order of their declaration (the smaller before those built on them)."""
+    return tuple(rule for op in registry.values() if op.fuse for rule in rules_of(op))
+
+
+def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> list[Event]:
+    """Apply the rules of `passes` until none fires.  What stays unfused is explained by the closest rule."""
+    enabled = {*passes, "always"}
+    active = [rule for rule in rules() if rule.op.fuse in enabled]
+    number_collectives(graph)
+    events: list[Event] = []
+    declines: dict[fx.Node, list[tuple[Rule, Decline]]] = {}
+    fired = True
+    while fired:
+        fired = False
+        declines.clear()
+        for rule in active:
+            latest = latest_collective(graph)
+            for node in list(graph.nodes):
+                found = find_match(rule, node)
+                if isinstance(found, Match):
+                    found = _order_kept(found, latest) or found
+                if isinstance(found, Decline):
+                    declines.setdefault(node, []).append((rule, found))
+                elif isinstance(found, Match) and (rule.op.fuse == "always" or fuel()):
+                    new = _replace(graph, found)
+                    latest[new] = max(new.meta.get(ORDER, -1), *(latest[a] for a in new.all_input_nodes))
+                    latest.update(dict.fromkeys(new.users, latest[new]))
+                    fired = True
+                    if rule.op.fuse != "always":
+                        events = [e for e in events if e.attributes.get("node") not in {c.name for c in found.calls()}]
+                        events.append(_fired(rule, new))
+            if fired:
+                sort(graph)
+    return [*events, *near_misses(graph, active, declines)]
+
+
+def _order_kept(match: Match, latest: dict[fx.Node, int]) -> Decline | None:
+    """The fused operator stands where its collective stood: nothing it needs may come from there or from later."""
+    number = next((c.meta[ORDER] for c in match.calls() if is_collective(c)), None)
+    if number is None:
+        return None
+    late = [a for a in match.args.values() if isinstance(a, fx.Node) and latest[a] >= number]
+    return Decline("order", f"{late[0].name} depends on the same or a later collective") if late else None
+
+
+def _replace(graph: fx.Graph, match: Match) -> fx.Node:
+    """Put the fused operator at the anchor; the sort that follows finds its place."""
+    calls = match.calls()
+    anchor = match.nodes[match.rule.anchor]
+    collective = next((c for c in calls if is_collective(c)), None)
+    with graph.inserting_before(anchor):
+        new = emit(graph, match.rule.op.default, list(match.args.values()), like=collective or anchor)
+        if collective is not None:
+            new.meta[ORDER] = collective.meta[ORDER]
+        for i, holders in enumerate(match.results()):
+            if holders:
+                value = new
+                if match.rule.op.results > 1:
+                    value = graph.call_function(operator.getitem, (new, i))
+                    value.meta.update({k: v for k, v in holders[0].meta.items() if k != ORDER})
+                for holder in holders:
+                    holder.replace_all_uses_with(value)
+    dead = {*match.nodes.values(), *(u for c in calls for u in c.users if u.target is operator.getitem)}
+    while dead:
+        leaf = next(n for n in dead if not n.users)
+        dead.discard(leaf)
+        graph.erase_node(leaf)
+    return new
+
+
+def _fired(rule: Rule, node: fx.Node) -> Event:
+    return Event("fired", rule.name, site_of(node), attributes={**attributes(rule.op, node), "node": node.name})
+
+
+def attributes(op: Op, node: fx.Node) -> dict[str, Any]:
+    """What an operator carries besides its tensors: eps, weight_bias, rounding, scheme, layout …"""
+    bound = op.bind(node.args, node.kwargs)
+    return {k: v for k, v in bound.items() if isinstance(v, float | int | str) and k not in ("group", "kernel", "alive")}
+
+
+def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, list[tuple[Rule, Decline]]]) -> list[Event]:
+    """An event for each collective, norm and quantise that no rule took, naming the closest rule and what it lacked."""
+    events = []
+    for node in graph.nodes:
+        op = find(node.target)
+        if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul"):
+            continue
+        rule, reason = _closest(node, op, active, declines)
+        events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}))
+    return events
+
+
+def _closest(
+    node: fx.Node, op: Op, active: list[Rule], declines: dict[fx.Node, list[tuple[Rule, Decline]]]
+) -> tuple[str, Decline]:
+    wanted = [r for r in active if r.op.fuse != "always" and node.target in r.targets]
+    if not wanted:
+        return op.name, Decline("disabled", "no enabled pass has a rule for it")
+    # A rule that stood at this node or at a consumer and refused knows best; a guard's word counts before a mere mismatch.
+    around = [node, *_consumers(node)]
+    refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in ("producer", "constant")]
+    if refused:
+        return refused[0][0].name, refused[0][1]
+    marked = next((n.meta["tpfuse_decline"] for n in _consumers(node, depth=12) if "tpfuse_decline" in n.meta), None)
+    if marked is not None:
+        return wanted[0].name, marked
+    users = [u for u in _consumers(node)]
+    if any(u.op == "output" for u in users) and len(users) == 1:
+        return wanted[0].name, Decline("leaves_graph", "its result leaves the graph; compile the whole model, not its blocks")
+    if op.collective:
+        names = sorted({str(u.target) for u in users})
+        return wanted[0].name, Decline("no_norm", f"no norm follows; it is used by {', '.join(names) or 'nothing'}")
+    mismatch = [d for r, d in declines.get(node, []) if r in wanted]
+    return wanted[0].name, mismatch[0] if mismatch else Decline("no_match", "nothing around it fits")
+
+
+def _consumers(node: fx.Node, depth: int = 1) -> list[fx.Node]:
+    """Users, results of several looked through, up to `depth` operators away, the nearest first."""
+    found: list[fx.Node] = []
+    layer = [node]
+    for _ in range(depth):
+        step = []
+        for n in layer:
+            for user in n.users:
+                if user.target is operator.getitem:
+                    step += list(user.users)
+                else:
+                    step.append(user)
+        layer = [n for n in dict.fromkeys(step) if n not in found]
+        found += layer
+    return found
