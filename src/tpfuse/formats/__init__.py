@@ -1,6 +1,6 @@
 """Quantised number formats and the layouts of their scales: exact, in plain torch, on any device."""
 
-from .codec import dequantize, empty_quantized, quantize
+from .codec import dequantize, quantize, quantize_fake
 from .layouts import (
     Layout,
     apply_layout,
@@ -22,9 +22,9 @@ __all__ = [
     "concatenates",
     "default_layout",
     "dequantize",
-    "empty_quantized",
     "gather_scales",
     "quantize",
+    "quantize_fake",
     "remove_layout",
     "scales_meta",
     "swizzle",

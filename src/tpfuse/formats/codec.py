@@ -46,7 +46,7 @@ def dequantize(
     return (dequantize_fp8 if scheme.is_fp8 else dequantize_nvfp4)(q, scales, scale, scheme, layout, dtype)
 
 
-def empty_quantized(x: Tensor, scheme: str | Scheme, layout: str | Layout = "row") -> tuple[Tensor, Tensor]:
+def quantize_fake(x: Tensor, scheme: str | Scheme, layout: str | Layout = "row") -> tuple[Tensor, Tensor]:
     """Uninitialised (q, scales) as `quantize` would return them for `x`; `x` may be fake and its rows symbolic."""
     scheme, layout = Scheme.parse(scheme), Layout.parse(layout)
     *leading, cols = x.shape

@@ -185,26 +185,26 @@ def swizzle(scales: Tensor, layout: str | Layout) -> Tensor:
     ``(m//8)*tiles*32 + (k//4)*32 + (m%8)*4 + k%4`` (8x4), with tiles = ceil(groups / 4).
     """
     tile = Layout.parse(layout).tile_rows
-    rows, cols = round_up(scales.shape[0], tile), round_up(scales.shape[1], 4)
-    padded = _pad(scales.view(torch.uint8), rows, cols)
-    if tile == 128:
-        tiles = padded.view(rows // 128, 4, 32, cols // 4, 4).permute(0, 3, 2, 1, 4)
-    else:
-        tiles = padded.view(rows // 8, 8, cols // 4, 4).permute(0, 2, 1, 3)
-    return tiles.clone(memory_format=torch.contiguous_format).view(rows, cols).view(scales.dtype)
+    rows, groups = scales.shape
+    out_rows, out_cols = round_up(rows, tile), round_up(groups, 4)
+    # By index, not by permuted views: those make guards on how many tiles a symbolic row count has.
+    offset = torch.arange(out_rows * out_cols, device=scales.device)
+    block, inner = offset // (tile * 4), offset % (tile * 4)
+    inner_row = inner % 16 // 4 * 32 + inner // 16 if tile == 128 else inner // 4
+    m, k = block // (out_cols // 4) * tile + inner_row, block % (out_cols // 4) * 4 + inner % 4
+    inside = (m < rows) & (k < groups)
+    picked = scales.view(torch.uint8).reshape(-1)[torch.where(inside, m * groups + k, 0)]
+    return torch.where(inside, picked, 0).view(out_rows, out_cols).view(scales.dtype)
 
 
 def unswizzle(scales: Tensor, rows: Any, groups: int, layout: str | Layout) -> Tensor:
     """The inverse of `swizzle`, the padding cut off: [rows, groups], contiguous."""
-    tile = Layout.parse(layout).tile_rows
-    padded_rows, cols = round_up(rows, tile), round_up(groups, 4)
-    data = scales.view(torch.uint8)
-    if tile == 128:
-        matrix = data.reshape(padded_rows // 128, cols // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    else:
-        matrix = data.reshape(padded_rows // 8, cols // 4, 8, 4).permute(0, 2, 1, 3)
-    matrix = matrix.reshape(padded_rows, cols)[:rows, :groups]
-    return matrix.clone(memory_format=torch.contiguous_format).view(scales.dtype)
+    tile, tiles = Layout.parse(layout).tile_rows, round_up(groups, 4) // 4
+    m = torch.arange(rows, device=scales.device).unsqueeze(1)
+    k = torch.arange(groups, device=scales.device)
+    inner_row = m % 32 * 16 + m % 128 // 32 * 4 if tile == 128 else m % 8 * 4
+    offset = (m // tile * tiles + k // 4) * (tile * 4) + inner_row + k % 4
+    return scales.view(torch.uint8).reshape(-1)[offset].view(scales.dtype)
 
 
 def pack_ue8m0(scales: Tensor) -> Tensor:
