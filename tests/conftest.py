@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: several ranks share the cores, and results must not depend on the number of threads.
@@ -9,6 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from tpfuse.testing import RankPool  # noqa: E402
 
 TESTS = Path(__file__).parent
 torch.set_num_threads(1)
@@ -19,6 +22,17 @@ with contextlib.suppress(ImportError):  # the GPU tests run where only torch and
     # Compilation and loaded machines make single examples slow: the time-out of the whole test bounds them.
     hypothesis.settings.register_profile("tpfuse", deadline=None, derandomize=True)
     hypothesis.settings.load_profile("tpfuse")
+
+
+@pytest.fixture(scope="session", params=[2, 3], ids="world{}".format)
+def ranks(request: pytest.FixtureRequest) -> Iterator[RankPool]:
+    """A pool of gloo ranks, kept over the whole session: `ranks.run(fn, *args)`.
+
+    Runs the test once on two ranks and once on three; other sizes by
+    `@pytest.mark.parametrize("ranks", [4], indirect=True)`.
+    """
+    with RankPool(request.param) as pool:
+        yield pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
