@@ -25,13 +25,13 @@ def plant(tmp_path: Path, file: str, code: str) -> list[str]:
     [
         ("target.py", "import tpfuse.ir.op", "target must not import ir"),
         ("ir/op.py", "from tpfuse.rewrite import match", "ir must not import rewrite"),
-        ("ir/op.py", "from tpfuse import compile", "ir must not import compile"),
+        ("ir/op.py", "from tpfuse import compiler", "ir must not import compiler"),
         ("ir/deep/er.py", "from ...rewrite import match", "ir must not import rewrite"),
         ("fusion/composites.py", "from ..raising.norms import raise_norm", "fusion must not import raising"),
         ("lowering/select.py", "def f():\n    from tpfuse.kernels import signal", "lowering must not import kernels"),
-        ("compile.py", "from tpfuse.kernels import signal", "compile must not import kernels"),
+        ("compiler.py", "from tpfuse.kernels import signal", "compiler must not import kernels"),
         ("kernels/signal.py", "import tpfuse.lowering.table", "kernels must not import lowering"),
-        ("runtime/agreement.py", "import tpfuse.compile", "runtime must not import compile"),
+        ("runtime/agreement.py", "import tpfuse.compiler", "runtime must not import compiler"),
         ("ir/fused.py", "import tpfuse.gadgets", "gadgets has no layer"),
         ("raising/norms.py", "import torch\nx = torch.cuda.is_available()", "asks for a device: torch.cuda"),
         ("fusion/composites.py", "from torch import cuda", "asks for a device: import of torch.cuda"),
@@ -49,11 +49,11 @@ def test_catches(tmp_path, file, code, complaint):
     [
         ("ir/op.py", "import tpfuse.target, torch\nfrom tpfuse.ir import fused\nfrom .norm import rms_norm"),
         ("fusion/composites.py", "from tpfuse.target import Range\nfrom ..rewrite.rule import Rule"),
-        ("compile.py", "def f():\n    from tpfuse.kernels import workspace"),
+        ("compiler.py", "def f():\n    from tpfuse.kernels import workspace"),
         ("kernels/signal.py", "import torch\nfrom tpfuse.ir.op import op\nx = torch.cuda.current_device()"),
         ("report.py", "from tpfuse.target import Range"),
-        ("cli/run.py", "import tpfuse.compile\nfrom tpfuse.runtime import agreement"),
-        ("__init__.py", "from tpfuse.compile import backend"),
+        ("cli/run.py", "import tpfuse.compiler\nfrom tpfuse.runtime import agreement"),
+        ("__init__.py", "from tpfuse.compiler import backend"),
     ],
 )
 def test_allows(tmp_path, file, code):

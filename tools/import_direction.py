@@ -17,15 +17,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("rewrite",),
     ("raising", "fusion", "lowering"),
     ("runtime",),
-    ("compile",),
+    ("compiler",),
     ("ops",),
     ("testing",),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 KERNELS_MAY_IMPORT = frozenset({*BASE, "ir", "kernels"})
-MAY_LOAD_KERNELS = frozenset({"runtime", "compile", "ops", "testing", "cli"})  # inside functions only
-DEVICE_FREE = frozenset({"ir", "rewrite", "raising", "fusion"})
+MAY_LOAD_KERNELS = frozenset({"runtime", "compiler", "ops", "testing", "cli"})  # inside functions only
+DEVICE_FREE = frozenset({"rewrite", "raising", "fusion"})
 DEVICE_MODULES = frozenset({"torch.cuda", "torch.accelerator", "torch.xpu"})
 
 

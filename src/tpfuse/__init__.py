@@ -1,1 +1,32 @@
 """Graph fusions for tensor-parallel LLM inference under ``torch.compile``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpfuse.compiler import backend, compile, last_report
+    from tpfuse.config import Config
+    from tpfuse.report import Decline, Event, FusionError, Report
+    from tpfuse.target import Range, Target
+
+_HOMES = {
+    "compile": "compiler", "backend": "compiler", "last_report": "compiler",
+    "Config": "config", "Decline": "report", "Event": "report", "FusionError": "report", "Report": "report",
+    "Range": "target", "Target": "target",
+}  # fmt: skip
+
+__all__ = [
+    "Config", "Decline", "Event", "FusionError", "Range", "Report", "Target", "backend", "compile", "last_report",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded when first asked for: importing tpfuse does no work."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tpfuse' has no attribute {name!r}")
+    module = importlib.import_module(f"tpfuse.{_HOMES[name]}")
+    value = getattr(module, name)
+    globals()[name] = value
+    return value

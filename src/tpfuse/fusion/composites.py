@@ -120,7 +120,7 @@ def _closest(
     if not wanted:
         return op.name, Decline("disabled", "no enabled pass has a rule for it")
     # A rule that stood at this node or at a consumer and refused knows best; a guard's word counts before a mere mismatch.
-    around = [node, *_consumers(node)]
+    around = [node, *_consumers(node, depth=4)]
     refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in ("producer", "constant")]
     if refused:
         return refused[0][0].name, refused[0][1]

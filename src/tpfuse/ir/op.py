@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tpfuse.ir import check
 from tpfuse.report import Decline
 from tpfuse.target import Target
 
@@ -139,7 +140,10 @@ class Op:
         *args, name, mask = (*args, *(v for v in (kernel, alive) if v is not None))
         if self.collective:
             args = args[1:]
-        return self.launcher(name)(*args, alive=tuple(bool(mask >> i & 1) for i in range(self.results)))
+        living = tuple(bool(mask >> i & 1) for i in range(self.results))
+        if name.startswith(check.PREFIX):
+            return check.checked(self, tuple(args), name, living)
+        return self.launcher(name)(*args, alive=living)
 
     def _reference_alive(self, *args: Any, alive: tuple[bool, ...]) -> Any:
         return _keep(self.reference(*args), alive)

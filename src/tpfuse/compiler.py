@@ -1,0 +1,154 @@
+"""The seams: `torch.compile(backend="tpfuse")`, `tpfuse.compile`, `tpfuse.inductor_pass`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpfuse import shim
+from tpfuse.config import Config
+from tpfuse.ir import check
+from tpfuse.ir.verify import verify
+from tpfuse.raising import raise_graph
+from tpfuse.report import Decline, Event, Report
+from tpfuse.runtime.dispatch import Dispatcher
+
+_last: list[Report] = []
+
+
+def last_report() -> Report | None:
+    """The report of the model that was compiled last in this process; None before the first."""
+    return _last[0] if _last else None
+
+
+def backend(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    fuel: Callable[[], bool] | None = None,
+) -> Callable[..., Any]:
+    """The backend of `torch.compile(backend="tpfuse", mode=…, options=…)`.
+
+    options: fields of `Config`, and settings of Inductor, told apart by name.  mode: as for Inductor.
+    ValueError for a name that neither knows.
+    """
+    config, patches = _split(options or {})
+    if mode is not None:
+        patches = {**shim.mode_options(mode), **patches}
+    if report is None:
+        report = Report()
+        _last[:] = [report]
+    inner = functools.partial(
+        _inner, config=config, patches=patches, report=report, fuel=fuel or Fuel(config.fuel)
+    )
+    return shim.compile_fx(gm, inputs, inner, patches)
+
+
+class Fuel:
+    """Rewrites that are left, over all graphs of one model; None is endless."""
+
+    def __init__(self, amount: int | None) -> None:
+        self.left = amount
+
+    def __call__(self) -> bool:
+        if self.left is None:
+            return True
+        if self.left == 0:
+            return False
+        self.left -= 1
+        return True
+
+
+def _inner(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    config: Config,
+    patches: dict[str, Any],
+    report: Report,
+    fuel: Callable[[], bool],
+    **kwargs: Any,
+) -> Callable[[list[Any]], Any]:
+    """Stands where Inductor compiles one graph: raise it now, fuse and lower it when each range is first needed."""
+    if not kwargs.get("is_inference"):
+        report.shared.append(Event("declined", "graph", reason=Decline("training", "gradients are on: plain Inductor")))
+        return shim.compile_fx_inner(gm, inputs, **kwargs)
+    kept = drop_opaque_inputs(gm, kwargs)
+    report.shared += raise_graph(gm.graph)
+    verify(gm.graph, "raise")
+    dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel)
+    if len(kept) == len(inputs):
+        return dispatcher
+
+    def call(args: list[Any]) -> Any:
+        chosen = [args[i] for i in kept]
+        args.clear()
+        return dispatcher(chosen)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def drop_opaque_inputs(gm: fx.GraphModule, kwargs: dict[str, Any]) -> list[int]:
+    """Take unused DeviceMesh inputs out: with them Inductor's cache misses in every new process.  → indices kept."""
+    kept = []
+    for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if shim.opaque_object(node.meta.get("val")) and not node.users:
+            gm.graph.erase_node(node)
+        else:
+            kept.append(i)
+    static = kwargs.get("static_input_idxs") or ()
+    kwargs["static_input_idxs"] = [new for new, old in enumerate(kept) if old in set(static)]
+    return kept
+
+
+def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None = None, **kwargs: Any) -> CompiledModel:
+    """torch.compile with tpfuse's backend → a callable with `.report`.
+
+    model: a module or function.  config: a `Config` or a mapping of its fields.  kwargs: those of torch.compile
+    (`dynamic`, `fullgraph`, `mode`, `options` of Inductor).
+    """
+    return CompiledModel(model, Config.of(config), kwargs)
+
+
+class CompiledModel:
+    """A compiled model; `report` holds what happened in it, over all graphs and ranges."""
+
+    def __init__(self, model: Callable[..., Any], config: Config, kwargs: dict[str, Any]) -> None:
+        self.report = Report()
+        self.config = config
+        _last[:] = [self.report]
+        mode, options = kwargs.pop("mode", None), kwargs.pop("options", None) or {}
+        own = {f.name: getattr(config, f.name) for f in fields(config)}
+        bound = functools.partial(
+            backend, mode=mode, options={**options, **own}, report=self.report, fuel=Fuel(config.fuel)
+        )
+        self._call = torch.compile(model, backend=bound, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = len(check.rows)
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            self.report.verified += check.rows[before:]
+
+
+def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    names = [f.name for f in fields(Config)]
+    own = {k: v for k, v in options.items() if k in names}
+    patches = {k: v for k, v in options.items() if k not in names}
+    for name in patches:
+        if not shim.inductor_knows(name):
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown option {name!r}: neither a field of tpfuse.Config nor a setting of Inductor{hint}")
+    return Config.of(own), patches

@@ -1,0 +1,50 @@
+"""`Config(verify=True)`: a fused site beside its unfused body on the same live inputs, both against FP64."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tpfuse.report import FusionError
+
+if TYPE_CHECKING:
+    from tpfuse.ir.op import Op
+
+PREFIX = "verify@"
+rows: list[dict[str, Any]] = []  # one a site and call, in the order they ran
+MARGIN = 1.25
+
+
+def checked(op: Op, args: tuple[Any, ...], spec: str, alive: tuple[bool, ...]) -> Any:
+    """Run the kernel of `spec` ("verify@<site>|<kernel>"), compare, return its results.
+
+    FusionError where a result's error against FP64 exceeds 1.25 × the unfused body's.
+    """
+    site, kernel = spec.removeprefix(PREFIX).rsplit("|", 1)
+    out = op.launcher(kernel)(*args, alive=alive)
+    body = op.reference(*args)
+    exact = op.reference(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+    for i, (got, unfused, true) in enumerate(zip(_tuple(out), _tuple(body), _tuple(exact), strict=True)):
+        if not alive[i] or got.numel() == 0:
+            continue
+        error, base = _error(got, true), _error(unfused, true)
+        difference = (got.double() - unfused.double()).abs().max().item()
+        rows.append(
+            {"site": site, "operator": op.name, "kernel": kernel, "result": i, "error": error, "unfused_error": base,
+             "max_difference": difference}
+        )  # fmt: skip
+        if not error <= base * MARGIN + torch.finfo(torch.float32).eps:
+            raise FusionError(f"verify: {op.name} at {site or '(graph)'}, result {i}: error {error:.3g}, unfused {base:.3g}")
+    return out
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _error(value: Tensor, true: Tensor) -> float:
+    """‖value − true‖ / ‖true‖."""
+    difference, scale = (value.double() - true.double()).norm(), true.double().norm()
+    return (difference / scale).item() if scale > 0 else difference.item()

@@ -1,0 +1,43 @@
+"""Which ranges of token counts get a graph of their own: one pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tpfuse.target import Range
+
+UNBOUNDED = 2**31 - 1
+
+
+def plan_ranges(
+    endpoints: Iterable[int] = (),
+    sizes: Iterable[int] = (),
+    max_tokens: int | None = None,
+    thresholds: Iterable[int] = (),
+    merge_below: float = 1.25,
+    most: int = 4,
+) -> list[Range]:
+    """Sorted, disjoint ranges that cover 1 … max_tokens (every count where that is None).
+
+    endpoints: the user's; each closes its range.  sizes: token counts with a graph of their own.  thresholds: measured; those
+    closer than a factor of `merge_below` to their neighbour are merged, and the fewest-token ones kept until at most `most`
+    ranges come of them.  ValueError for a count below 1.
+    """
+    last = max_tokens or UNBOUNDED
+    ends, single = sorted(set(endpoints)), sorted(set(sizes))
+    for count in (*ends, *single, last):
+        if count < 1:
+            raise ValueError(f"token counts start at 1, got {count}")
+    if not ends:
+        for threshold in sorted(set(thresholds)):
+            if len(ends) + 1 < most and (not ends or threshold > ends[-1] * merge_below):
+                ends.append(threshold)
+    cuts = {e for e in ends if e < last} | {last}
+    for size in (s for s in single if s <= last):
+        cuts |= {size, size - 1}
+    cuts.discard(0)
+    ranges, start = [], 1
+    for end in sorted(cuts):
+        ranges.append(Range(start, end))
+        start = end + 1
+    return ranges

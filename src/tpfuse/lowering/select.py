@@ -1,0 +1,133 @@
+"""From IR to final operators: pick a kernel, or take the operator one step apart and try again; the rest goes back to aten."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpfuse.ir.op import Kernel, Op, find
+from tpfuse.report import Decline, Event
+from tpfuse.rewrite.emit import emit
+from tpfuse.rewrite.inline import inline, unfuse
+from tpfuse.rewrite.order import ORDER, is_collective
+from tpfuse.rewrite.site import site_of
+from tpfuse.target import Target
+
+Targets = Callable[[str | None], Target]  # by the name of a group
+
+
+def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = False) -> list[Event]:
+    """Replace every IR operator, in place.  preference: a value of `Config.kernels`."""
+    events: list[Event] = []
+    pending = [n for n in graph.nodes if find(n.target)]
+    chosen: list[tuple[fx.Node, Op, Kernel]] = []
+    while pending:
+        node = pending.pop(0)
+        op = find(node.target)
+        assert op is not None
+        if op.fuse in (None, "always"):
+            continue
+        found = pick(op, node, targets, preference)
+        if isinstance(found, Kernel):
+            chosen.append((node, op, found))
+            events.append(Event("lowered", op.name, site_of(node), attributes={"kernel": found.name}))
+        else:
+            events.append(Event("unfused", op.name, site_of(node), reason=found))
+            pending = [*unfuse(graph, node, op), *pending]
+    # Once one collective is opaque to Inductor, all of them go through the channel, or it may swap them.
+    fused = any(op.collective for _, op, _ in chosen)
+    channels: dict[torch.device, fx.Node] = {}
+    for node, op, kernel in chosen:
+        _final(graph, node, op, kernel.name, channels, verify)
+    for node in list(graph.nodes):
+        op = find(node.target)
+        if op is None or node.target is not op.default:
+            continue
+        if op.collective and fused:
+            _final(graph, node, op, "reference", channels, False)
+        else:
+            inline(graph, node, op)
+    return events
+
+
+def pick(op: Op, node: fx.Node, targets: Targets, preference: str) -> Kernel | Decline:
+    """The first registered kernel that supports the arguments, newest registration first; or why there is none."""
+    args = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in op.bind(node.args, node.kwargs).items()}
+    target = targets(args.get("group"))
+    reasons = []
+    for kernel in reversed(op.kernels):
+        if kernel.backend not in target.backends or preference not in ("auto", kernel.backend):
+            continue
+        if kernel.backend == "reference" and preference == "auto" and target.device == "cuda":
+            continue
+        reason = kernel.supports(args, target)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    return Decline("no_kernel", "; ".join(reasons) or f"no kernel of {preference!r} for {target.device}")
+
+
+def _final(
+    graph: fx.Graph, node: fx.Node, op: Op, kernel: str, channels: dict[torch.device, fx.Node], verify: bool
+) -> None:
+    """Put the lowered form of `node` in its place."""
+    args: list[Any] = list(op.bind(node.args, node.kwargs).values())
+    alive = 1
+    if op.results > 1:
+        alive = sum(1 << i for i in {u.args[1] for u in node.users if u.target is operator.getitem and u.users})
+    spec = f"verify@{site_of(node)}|{kernel}" if verify else kernel
+    with graph.inserting_before(node):
+        if op.collective:
+            args = [_channel(graph, node, channels), *args]
+        new = emit(graph, op.lowered, [*args, spec, alive], like=node)
+    for user in [u for u in node.users if u.target is operator.getitem and not u.users]:
+        graph.erase_node(user)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _channel(graph: fx.Graph, node: fx.Node, channels: dict[torch.device, fx.Node]) -> fx.Node:
+    """The byte whose mutation by every collective keeps them in order."""
+    device = next(a.meta["val"] for a in node.all_input_nodes).device
+    if device not in channels:
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            empty = graph.call_function(
+                torch.ops.aten.empty.memory_format, ([1],), {"dtype": torch.uint8, "device": device, "pin_memory": False}
+            )
+        with torch._guards.detect_fake_mode([node.args[0].meta["val"]]):
+            empty.meta["val"] = torch.empty([1], dtype=torch.uint8, device=device)
+        channels[device] = empty
+    return channels[device]
+
+
+def schedule(graph: fx.Graph, ranks: Callable[[str], tuple[int, ...]]) -> dict[str, list[str]]:
+    """For each group the collectives of the final graph in order, described by what all its ranks must share."""
+    plans: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if not is_collective(node):
+            continue
+        op = find(node.target)
+        value = next(a.meta["val"] for a in node.all_input_nodes if a.meta["val"].dtype != torch.uint8)
+        shape = ",".join(str(s) if isinstance(s, int) else "*" for s in value.shape)
+        if op is None:
+            group = next(a for a in reversed(node.args) if isinstance(a, str))
+            plans.setdefault(group, []).append(f"{node.target} {value.dtype} [{shape}] over {ranks(group)}")
+            continue
+        bound = dict(zip(["channel", *op.params, "kernel", "alive"], node.args, strict=True))
+        own = " ".join(f"{k}={v}" for k, v in bound.items() if isinstance(v, str | float | int) and k != "group")
+        group = bound["group"]
+        plans.setdefault(group, []).append(f"{op.name} {value.dtype} [{shape}] {own} over {ranks(group)}")
+    return plans
+
+
+def final_operators(graph: fx.Graph) -> list[str]:
+    """Names of tpfuse's operators in a final graph, in order."""
+    return [op.name for n in graph.nodes if (op := find(n.target)) is not None]
+
+
+__all__ = ["ORDER", "final_operators", "lower", "pick", "schedule"]

@@ -1,0 +1,183 @@
+"""One graph, several ranges: each compiled when its first token count arrives, agreed on by the ranks, then dispatched to."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpfuse import shim
+from tpfuse.config import PASSES, Config
+from tpfuse.fusion import fuse
+from tpfuse.ir.op import find
+from tpfuse.ir.verify import verify
+from tpfuse.lowering.ranges import UNBOUNDED, plan_ranges
+from tpfuse.lowering.select import final_operators, lower, schedule
+from tpfuse.report import Event, FusionError, RangeResult, Report
+from tpfuse.runtime import agreement
+from tpfuse.runtime.detect import detect
+from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
+from tpfuse.target import Range
+
+log = logging.getLogger("tpfuse")
+_graphs = itertools.count()
+
+
+@dataclass
+class Compiled:
+    """One artifact of a range and the conditions on sizes that Inductor made while compiling it."""
+
+    call: Callable[[list[Any]], Any]
+    guards: list[Any]
+
+    def holds(self, values: dict[Any, int]) -> bool:
+        return all(bool(g.xreplace(values)) for g in self.guards)
+
+
+class Dispatcher:
+    """What stands in Inductor's place for one raised graph.  Called with one list of inputs, which it may clear."""
+
+    _boxed_call = True
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        kwargs: dict[str, Any],
+        config: Config,
+        patches: dict[str, Any],
+        report: Report,
+        fuel: Callable[[], bool],
+    ) -> None:
+        self.fuel = fuel
+        self.gm, self.kwargs, self.config, self.patches, self.report = gm, kwargs, config, patches, report
+        self.number = next(_graphs)
+        self.placeholders = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        self.bindings = Bindings.of(self.placeholders)
+        self.tokens = token_expression(gm.graph)
+        self.ranges = self._ranges()
+        self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
+
+    def _ranges(self) -> list[Range]:
+        if self.tokens is None:
+            return [Range(1, UNBOUNDED)]
+        if isinstance(self.tokens, int):
+            return [Range(self.tokens, self.tokens)]
+        return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens)
+
+    def __call__(self, args: list[Any]) -> Any:
+        tokens = 1 if self.tokens is None else self.bindings.evaluate(self.tokens, args)
+        limits = next((r for r in self.ranges if tokens in r), None)
+        if limits is None:
+            raise FusionError(f"{tokens} tokens, but Config(max_tokens={self.config.max_tokens})")
+        if not any(self.compiled.values()) and self.config.compile_all:
+            for other in self.ranges:
+                if other != limits:
+                    self._compile(other, self._typical(other, args))
+        values = self.bindings.values(args)
+        for candidate in self.compiled[limits]:
+            if not candidate.guards or candidate.holds(values):
+                return candidate.call(args)
+        return self._compile(limits, values).call(args)
+
+    def _typical(self, limits: Range, args: Sequence[Any]) -> dict[Any, int]:
+        """Sizes for a range that no call has asked for yet: today's, the tokens moved to the range's end."""
+        values = self.bindings.values(args)
+        if self.tokens in values:
+            values[self.tokens] = limits.end if limits.end < UNBOUNDED else max(2 * limits.start, 4096)
+        return values
+
+    def _compile(self, limits: Range, values: dict[Any, int]) -> Compiled:
+        if shim.is_capturing():
+            raise FusionError(f"tokens {limits} were never run before this graph capture: call warmup() or run them once")
+        start = time.perf_counter()
+        groups = sorted({n.args[-1] for n in self.gm.graph.nodes if (op := find(n.target)) and op.collective})
+        everyone = sorted({agreement.group_ranks(g) for g in groups})
+        try:
+            graph, result, plans = self.plan(limits)
+            call, guards = self._build(graph, limits, values, everyone)
+        except BaseException as error:
+            for ranks in everyone:
+                agreement.fail(ranks, error)
+            raise
+        for group in groups:
+            plan = [f"config {self.config}", f"ranges {[str(r) for r in self.ranges]}", f"torch {torch.__version__}"]
+            agreement.agree(agreement.group_ranks(group), [*plan, *plans.get(group, [])], self.config.timeout)
+        self.report.add(result)
+        log.info("graph %d, tokens %s: compiled in %.1f s", self.number, limits, time.perf_counter() - start)
+        for event in result.events:
+            log.debug("graph %d, tokens %s: %s", self.number, limits, event)
+        compiled = Compiled(call, guards)
+        self.compiled[limits].append(compiled)
+        return compiled
+
+    def plan(self, limits: Range) -> tuple[fx.Graph, RangeResult, dict[str, list[str]]]:
+        """Fuse and lower a copy of the raised graph for one range → (final graph, what happened, schedule by group)."""
+        graph = fx.Graph()
+        old = self.gm.graph.find_nodes(op="output")[0]
+        output = graph.output(graph.graph_copy(self.gm.graph, {}))
+        output.meta.update(old.meta)
+        self._dump(graph, limits, "1-raised")
+        events = fuse(graph, [p for p in PASSES if self._enabled(p, limits)], self.fuel)
+        verify(graph, "fuse")
+        self._dump(graph, limits, "2-fused")
+        device = next((v.device.type for v in self.placeholders if isinstance(v, torch.Tensor)), "cpu")
+        events += lower(graph, functools.partial(detect, device), self.config.kernels, self.config.verify)
+        graph.lint()
+        self._dump(graph, limits, "3-lowered")
+        events = [Event(e.status, e.rule, e.site, limits, e.reason, e.attributes) for e in events]
+        if self.config.strict:
+            _insist(events)
+        return graph, RangeResult(self.number, limits, final_operators(graph), events), schedule(graph, agreement.group_ranks)
+
+    def _enabled(self, name: str, limits: Range) -> bool:
+        own = self.config.ranges.get(limits.end, {}) if isinstance(self.config.ranges, dict) else {}
+        return name in own["passes"] if "passes" in own else self.config.enabled(name)
+
+    def _build(
+        self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
+    ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
+        """Inductor on the final graph, under symbols of its own; each rank of a host compiles what no other does."""
+        inputs, env, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
+        gm = fx.GraphModule(self.gm, graph)
+        patches = dict(self.patches)
+        if isinstance(self.config.ranges, dict):
+            patches.update(self.config.ranges.get(limits.end, {}).get("inductor", {}))
+
+        def build() -> Callable[[list[Any]], Any]:
+            with shim.inductor_patch(patches):
+                return shim.compile_fx_inner(gm, inputs, **self.kwargs)
+
+        if everyone and shim.fx_cache_on():
+            call = agreement.compile_once(everyone[0], _text(graph), build, self.config.timeout)
+        else:
+            call = build()
+        back = {new: old for old, new in symbols.items() if not isinstance(new, int)}
+        return call, [g.xreplace(back) for g in shim.guards_of(env)]
+
+    def _dump(self, graph: fx.Graph, limits: Range, stage: str) -> None:
+        if self.config.dump:
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            folder = Path(self.config.dump) / f"rank{rank}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"graph{self.number}-{limits.start}-{limits.end}-{stage}.txt").write_text(_text(graph))
+
+
+def _text(graph: fx.Graph) -> str:
+    return graph.python_code("self", verbose=True).src
+
+
+def _insist(events: list[Event]) -> None:
+    missing = [
+        e for e in events
+        if e.status == "unfused" or (e.status == "declined" and e.attributes.get("operator") == "all_reduce")
+    ]  # fmt: skip
+    if missing:
+        raise FusionError("strict: expected fusions did not happen\n" + "\n".join(f"  {e}" for e in missing))

@@ -1,0 +1,115 @@
+"""Every private torch name that tpfuse uses, once.  tests/test_shim.py checks them on the torch that is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import SymInt, Tensor
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "detect_fake_mode"]
+
+
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """The process group of a c10d group name."""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+
+
+def default_store() -> dist.Store:
+    """The store that the default process group was built on."""
+    return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+
+
+def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]) -> Any:
+    """Inductor from the Dynamo level down, `inner` in place of its graph compiler, AOTAutograd's own cache off: with it on,
+    another run's artifact of the same Dynamo graph would be executed and `inner` never called."""
+    import torch._functorch.config as functorch_config
+    from torch._inductor.compile_fx import compile_fx
+
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)
+
+
+def compile_fx_inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+    """Inductor on one lowered graph; returns a callable that takes (and clears) one list of inputs."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(gm, inputs, **kwargs)  # type: ignore[return-value]
+
+
+def inductor_patch(patches: dict[str, Any]) -> AbstractContextManager[Any]:
+    import torch._inductor.config as inductor_config
+
+    return inductor_config.patch(patches) if patches else ExitStack()
+
+
+def inductor_knows(option: str) -> bool:
+    """Whether `option` is one of Inductor's own settings."""
+    import torch._inductor.config as inductor_config
+
+    return option.replace("-", "_") in inductor_config._config or "." in option  # type: ignore[attr-defined]
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's settings for a `mode` of torch.compile."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def fx_cache_on() -> bool:
+    import torch._inductor.config as inductor_config
+
+    return bool(inductor_config.fx_graph_cache) and not inductor_config.force_disable_caches
+
+
+def symbols_of(value: Any) -> list[Any]:
+    """The free sympy symbols of a SymInt or of a fake tensor's sizes and strides, sorted by name."""
+    parts: list[Any] = [value] if isinstance(value, SymInt) else []
+    if isinstance(value, Tensor):
+        parts = [*value.shape, *value.stride(), value.storage_offset()]
+    found = {s for p in parts if isinstance(p, SymInt) for s in p.node.expr.free_symbols}
+    return sorted(found, key=str)
+
+
+def expression(value: Any) -> Any:
+    """The sympy expression of a SymInt; an int as it is."""
+    return value.node.expr if isinstance(value, SymInt) else value
+
+
+def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int, int | None]:
+    """The bounds that the graph's guards gave a symbol; None for no upper one."""
+    bounds = value.node.shape_env.var_to_range[symbol]
+    upper = None if not bounds.upper.is_Integer else int(bounds.upper)
+    return int(bounds.lower), upper
+
+
+def fresh_symbol(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> Any:
+    """A new symbol of `env` for a size between low and high whose value is now `hint`."""
+    from torch._dynamo.source import ConstantSource
+
+    symbol = env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
+    env.constrain_symbol_range(symbol, low, high if high is not None else torch.utils._sympy.numbers.int_oo)  # type: ignore[attr-defined]
+    return symbol
+
+
+def sym_int(env: ShapeEnv, expr: Any, hint: int) -> Any:
+    return env.create_symintnode(expr, hint=hint)
+
+
+def guards_of(env: ShapeEnv) -> list[Any]:
+    """The conditions (sympy) under which what was compiled in `env` is right."""
+    return [g.expr for g in env.guards]
+
+
+def opaque_object(value: Any) -> bool:
+    """Whether a graph input is neither tensor nor number (a DeviceMesh or a process group that Dynamo passes along)."""
+    return not isinstance(value, Tensor | SymInt | int | float | bool | torch.SymFloat | torch.SymBool) and value is not None
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
