@@ -150,9 +150,10 @@ def remove_layout(scales: Tensor, rows: Any, groups: int, layout: str | Layout) 
     layout = Layout.parse(layout)
     if layout.tile_rows > 1:
         return unswizzle(scales, rows, groups, layout)
-    if layout.ue8m0_packed:
-        scales = unpack_ue8m0(scales, groups)
-    return scales.contiguous()
+    if layout.base == "col":
+        # Not contiguous(): one column counts as contiguous whatever its stride, and a byte view needs stride 1.
+        scales = scales.clone(memory_format=torch.contiguous_format)
+    return unpack_ue8m0(scales, groups) if layout.ue8m0_packed else scales
 
 
 def gather_scales(
@@ -221,7 +222,7 @@ def pack_ue8m0(scales: Tensor) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor, groups: int) -> Tensor:
     """The inverse of `pack_ue8m0`: int32 [rows, words] -> FP32 powers of two [rows, groups]."""
-    codes = packed.contiguous().view(torch.uint8)[:, :groups].to(torch.int32)
+    codes = packed.view(torch.uint8)[:, :groups].to(torch.int32)
     return ue8m0_value(codes)
 
 

@@ -22,15 +22,12 @@ def quantize_nvfp4(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layo
     groups = groups_of(cols, scheme)
     blocks = x.reshape(-1, cols).float().reshape(-1, groups, BLOCK)
     per_block = blocks.abs().amax(-1, keepdim=True) / FP4_MAX
-    given = None if scale is None else scale.reshape(()).float()
-    if given is not None:
+    given = x.new_ones((), dtype=torch.float32) if scale is None else scale.reshape(()).float()
+    if scale is not None:
         per_block = per_block / given if scheme.div else per_block * given
     scales = per_block.clamp(scheme.floor, FP8_MAX).to(torch.float8_e4m3fn)
     widened = scales.float()
-    if given is None:
-        factor = widened.reciprocal()
-    else:
-        factor = (given.reciprocal() if scheme.div else given) / widened
+    factor = (given.reciprocal() if scheme.div else given) / widened
     codes = encode_e2m1(blocks * torch.where(widened == 0, 0.0, factor))
     return pack(codes.reshape(*x.shape[:-1], cols)), apply_layout(scales.squeeze(-1), layout)
 

@@ -66,7 +66,8 @@ class Scheme:
     - ``inverse``: x * (448 / amax) in place of x / s.
     - ``low_scale``: the scale is formed in the input's dtype, then widened.
     - ``low_value``: x and the scale meet in the input's dtype.
-    - ``unclamped``: no saturation before the conversion (out of range gives NaN).
+    - ``unclamped``: no clamp before the conversion: values out of range become what torch's conversion makes of
+      them (NaN or 448, by its version).
     - ``log2``: UE8M0 rounding spelled exp2(ceil(log2(s))).
     """
 
@@ -87,7 +88,7 @@ class Scheme:
         if self.name not in _GROUP:
             raise ValueError(f"unknown quantisation scheme {self.name!r}{_closest(self.name, SCHEME_NAMES)}")
         for field in fields(self)[1:]:
-            if getattr(self, field.name) not in (False, None) and self.name not in _VARIANT_OF[field.name]:
+            if _is_set(getattr(self, field.name)) and self.name not in _VARIANT_OF[field.name]:
                 raise ValueError(f"scheme {self.name!r} has no variant {field.name!r}")
         default_eps = 0.0 if self.name == "nvfp4" else DEFAULT_EPS
         if self.eps == default_eps:
@@ -104,7 +105,7 @@ class Scheme:
             value = getattr(self, field.name)
             if value is True:
                 words.append(field.name)
-            elif value not in (False, None):
+            elif _is_set(value):
                 words.append(f"{field.name}={value!r}")
         return f"{self.name}:{','.join(words)}" if words else self.name
 
@@ -146,6 +147,10 @@ def _parse(text: str) -> Scheme:
             raise ValueError(f"variant {key!r} of scheme {text!r} takes {'no' if equals else 'a'} value")
         options[key] = float(value) if equals else True
     return Scheme(name, **options)  # type: ignore[arg-type]
+
+
+def _is_set(value: bool | float | None) -> bool:
+    return value is not None and value is not False
 
 
 def _closest(word: str, known: tuple[str, ...]) -> str:
