@@ -39,13 +39,12 @@ def test_fakes_are_right(scheme: str, layout: str, shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize(("scheme", "layout"), CASES)
-@pytest.mark.parametrize("traced_with", [6, 300])
-def test_symbolic_rows(scheme: str, layout: str, traced_with: int) -> None:
+def test_symbolic_rows(scheme: str, layout: str) -> None:
     """One graph, traced with a symbolic row count, is right for every count and its fakes for every count too."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
-    x = mode.from_tensor(torch.randn(traced_with, 320, dtype=torch.bfloat16), symbolic_context=context)
+    x = mode.from_tensor(torch.randn(6, 320, dtype=torch.bfloat16), symbolic_context=context)
     scale = given(scheme)
 
     def both(x: torch.Tensor, *scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -54,22 +53,26 @@ def test_symbolic_rows(scheme: str, layout: str, traced_with: int) -> None:
         return q, out, dequantize(q, out, s, scheme, layout, x.dtype)
 
     fakes = [] if scale is None else [mode.from_tensor(scale)]
-    graph = make_fx(both, tracing_mode="real")(x, *fakes)
+    graph = make_fx(both, tracing_mode="symbolic")(x, *fakes)
     rows = x.shape[0]
     with mode:
         declared = quantize_fake(x, scheme, layout)
     traced = [node.meta["val"] for node in graph.graph.find_nodes(op="output")[0].args[0]]
-    for count in (2, 7, 8, 129, 384):
+    for count in (2, 8, 129):
         real = torch.randn(count, 320, dtype=torch.bfloat16)
         want = both(real, *([] if scale is None else [scale]))
         got = graph(real, *([] if scale is None else [scale]))
         for a, b in zip(got, want, strict=True):
-            assert meta(a) == meta(b) and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+            assert meta(a) == meta(b) and torch.equal(bits(a), bits(b))
         for symbolic, tensor in [*zip(declared, want, strict=False), *zip(traced, want, strict=True)]:
             sizes = [evaluate(s, rows, count) for s in (*symbolic.shape, *symbolic.stride())]
             assert sizes == [*tensor.shape, *tensor.stride()] and symbolic.dtype == tensor.dtype
         for guard in env.guards:  # none that ties the graph to the count it was traced with
             assert guard.expr.subs(rows.node.expr, count) == True  # noqa: E712 (a sympy truth)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def evaluate(size: int | torch.SymInt, rows: torch.SymInt, count: int) -> int:

@@ -58,9 +58,12 @@ def test_static_multiplies_and_divides(dtype: torch.dtype) -> None:
     divided, _ = quantize(x, s, "fp8_tensor")
     assert torch.equal(divided.float(), (x.float() / 0.0123).to(torch.float8_e4m3fn).float())
     multiplied, _ = quantize(x, s.reciprocal(), "fp8_tensor:mul")
-    assert torch.equal(dequantize(multiplied, torch.empty(0), s.reciprocal(), "fp8_tensor:mul"),
-                       multiplied.float() / s.reciprocal())
-    assert torch.equal(dequantize(divided, torch.empty(0), s, "fp8_tensor", dtype=dtype), (divided.float() * s).to(dtype))
+    assert torch.equal(
+        dequantize(multiplied, torch.empty(0), s.reciprocal(), "fp8_tensor:mul"), multiplied.float() / s.reciprocal()
+    )
+    assert torch.equal(
+        dequantize(divided, torch.empty(0), s, "fp8_tensor", dtype=dtype), (divided.float() * s).to(dtype)
+    )
     low, _ = quantize(x, s.reshape(()), "fp8_tensor:low_value")
     assert torch.equal(low.float(), (x / s.reshape(())).to(torch.float8_e4m3fn).float())
 

@@ -40,7 +40,9 @@ def quantize_fp8(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layout
         scales = torch.exp2(torch.ceil(torch.log2(scales))) if scheme.log2 else round_to_ue8m0(scales)
     values = blocks.float() * (FP8_MAX / amax.float()) if scheme.inverse else _scaled(blocks, scales, scheme)
     q = _convert(values, scheme).reshape(-1, groups * (scheme.group or cols))
-    return q[:, :cols].reshape(x.shape), apply_layout(scales.squeeze(-1), layout)
+    if q.shape[1] != cols:
+        q = q[:, :cols].contiguous()
+    return q.reshape(x.shape), apply_layout(scales.squeeze(-1), layout)
 
 
 def dequantize_fp8(

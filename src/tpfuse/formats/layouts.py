@@ -138,10 +138,12 @@ def apply_layout(scales: Tensor, layout: str | Layout) -> Tensor:
         scales = pack_ue8m0(scales)
     if layout.base == "col":
         columns = scales.t().clone(memory_format=torch.contiguous_format)
-        if layout.tma:
-            rows = scales.shape[0]
-            columns = _pad(columns, scales.shape[1], round_up(rows, 4))[:, :rows]
-        scales = columns.t()
+        if not layout.tma:
+            return columns.t()
+        rows, groups = scales.shape
+        padded = round_up(rows, 4)
+        # Not a slice of it: that makes a guard on whether there is padding.
+        return _pad(columns, groups, padded).as_strided((rows, groups), (1, padded))
     return scales
 
 
@@ -194,8 +196,8 @@ def swizzle(scales: Tensor, layout: str | Layout) -> Tensor:
     inner_row = inner % 16 // 4 * 32 + inner // 16 if tile == 128 else inner // 4
     m, k = block // (out_cols // 4) * tile + inner_row, block % (out_cols // 4) * 4 + inner % 4
     inside = (m < rows) & (k < groups)
-    picked = scales.view(torch.uint8).reshape(-1)[torch.where(inside, m * groups + k, 0)]
-    return torch.where(inside, picked, 0).view(out_rows, out_cols).view(scales.dtype)
+    picked = scales.view(torch.uint8).reshape(-1)[(m * groups + k).masked_fill(~inside, 0)]
+    return picked.masked_fill(~inside, 0).view(out_rows, out_cols).view(scales.dtype)
 
 
 def unswizzle(scales: Tensor, rows: Any, groups: int, layout: str | Layout) -> Tensor:
@@ -228,8 +230,8 @@ def unpack_ue8m0(packed: Tensor, groups: int) -> Tensor:
 
 def ue8m0_value(codes: Tensor) -> Tensor:
     """Exponent codes 0..255 (int32) -> 2**(code - 127) in FP32; 255 -> NaN."""
-    bits = torch.where(codes == 0, 1 << 22, torch.where(codes == 255, 0x7FC00000, codes << 23))
-    return bits.to(torch.int32).view(torch.float32)
+    bits = (codes << 23).masked_fill(codes == 0, 1 << 22).masked_fill(codes == 255, 0x7FC00000)
+    return bits.view(torch.float32)
 
 
 def _pad(matrix: Tensor, rows: Any, cols: Any) -> Tensor:

@@ -28,7 +28,7 @@ def quantize_nvfp4(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layo
     scales = per_block.clamp(scheme.floor, FP8_MAX).to(torch.float8_e4m3fn)
     widened = scales.float()
     factor = (given.reciprocal() if scheme.div else given) / widened
-    codes = encode_e2m1(blocks * torch.where(widened == 0, 0.0, factor))
+    codes = encode_e2m1(blocks * factor.masked_fill(widened == 0, 0.0))
     return pack(codes.reshape(*x.shape[:-1], cols)), apply_layout(scales.squeeze(-1), layout)
 
 
