@@ -66,6 +66,10 @@ def compiled_frames(rank, world):
     return result.sum().item(), torch._dynamo.utils.counters["frames"]["ok"]
 
 
+def read_environment(rank, world):
+    return os.environ.get("TPFUSE_TEST_MARK"), os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -106,6 +110,13 @@ def test_calls_start_alike(pool):
     first, second = pool.run(draw), pool.run(draw)
     assert all(torch.equal(x, first[0]) for x in first + second)
     assert pool.run(compiled_frames) == pool.run(compiled_frames) == [(2.0, 1)] * 3
+
+
+def test_environment_is_that_of_the_call(pool, monkeypatch):
+    monkeypatch.setenv("TPFUSE_TEST_MARK", "seen")
+    assert pool.run(read_environment) == [("seen", str(rank), "3") for rank in range(3)]
+    monkeypatch.delenv("TPFUSE_TEST_MARK")
+    assert pool.run(read_environment)[0][0] is None
 
 
 def test_first_failure_is_raised_soon_and_pool_recovers(pool):

@@ -1,7 +1,8 @@
 """Run functions on several ranks of one machine, for tests: `run_ranks` once, `RankPool` again and again.
 
-Ranks are spawned processes joined in one gloo group, one thread each.  A rank that raises, dies or hangs ends the run
-with that rank's own error within seconds, and no process outlives its pool.
+Ranks are processes joined in one gloo group, one thread each.  They are forked from a server that has imported torch
+and its compiler and done nothing else, which takes seconds off every start.  A rank that raises, dies or hangs ends the
+run with that rank's own error within seconds, and no rank outlives its pool.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -20,15 +20,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 
 _GROUP_TIMEOUT = timedelta(minutes=10)  # longer than any run: the pool's own time-out, with its stacks, comes first
+_WARM = ["torch.distributed", "torch._inductor.compile_fx"]  # imported once, by the server
+# One thread, and no compiler processes to leave behind.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _SETTLE = 0.5  # seconds for more reports after a first failure: a peer's complaint may arrive before the cause
 
 
@@ -60,12 +64,13 @@ class RankPool:
         """`[fn(rank, world, *args) for each rank]`.
 
         fn: a function at the top level of a module; it, its arguments and its results travel by pickle, tensors by
-        value.  Every call starts with `torch.manual_seed(0)` and without compiled functions of earlier calls.
+        value.  Every call starts with this process's environment variables, with `torch.manual_seed(0)` and without
+        compiled functions of earlier calls; but what torch reads from the environment at import is read only once.
         timeout: seconds, starting the processes included.
         Raises the exception of the rank that failed first, its traceback in the notes; ChildProcessError if a rank
         died; TimeoutError with the stacks of the ranks that had not finished.
         """
-        call = pickle.dumps((fn, args))
+        call = pickle.dumps((dict(os.environ), fn, args))
         deadline = time.monotonic() + timeout
         try:
             if not self._ranks:
@@ -89,7 +94,8 @@ class RankPool:
         self._store = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_WARM)
         # This process serves the store, on a port that the system picks: no race for a free one.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for index in range(self.world):
@@ -98,7 +104,8 @@ class RankPool:
             os.close(descriptor)
             arguments = (index, self.world, self._store.port, theirs, stacks)
             process = context.Process(target=_serve, args=arguments, name=f"rank{index}", daemon=True)
-            process.start()
+            with patch.dict(os.environ, _ENVIRONMENT):  # for the server, which the first start starts
+                process.start()
             theirs.close()
             self._ranks.append(_Rank(index, process, connection, Path(stacks)))
 
@@ -129,7 +136,7 @@ class _Report:
 @dataclass(frozen=True)
 class _Rank:
     index: int
-    process: SpawnProcess
+    process: ForkServerProcess
     connection: Connection
     stacks: Path
 
@@ -153,24 +160,21 @@ def _serve(rank: int, world: int, port: int, connection: Connection, stacks: str
     """A rank's process: join the group, then answer calls until the pool goes away."""
     threading.Thread(target=_end_with_parent, args=(stacks,), daemon=True).start()
     faulthandler.register(signal.SIGUSR1, os.open(stacks, os.O_WRONLY), all_threads=False)
-    # As torchrun sets them, since libraries read them; one thread, and no compiler processes to leave behind.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=_GROUP_TIMEOUT)
     while True:
         call = connection.recv_bytes()
-        if "torch._dynamo" in sys.modules:  # nothing to reset otherwise, and importing it takes seconds
-            torch.compiler.reset()
+        torch.compiler.reset()
         torch.manual_seed(0)
-        connection.send_bytes(_answer(call, rank, world))
+        connection.send_bytes(_answer(call, rank, world, port))
 
 
-def _answer(call: bytes, rank: int, world: int) -> bytes:
+def _answer(call: bytes, rank: int, world: int, port: int) -> bytes:
     try:
-        fn, args = pickle.loads(call)
+        environment, fn, args = pickle.loads(call)
+        os.environ.clear()
+        os.environ |= environment | _ENVIRONMENT | _torchrun(rank, world, port)
         return pickle.dumps(_Report(time.monotonic(), result=fn(rank, world, *args)))
     except BaseException as error:
         when = time.monotonic()
@@ -181,6 +185,12 @@ def _answer(call: bytes, rank: int, world: int) -> bytes:
             return report
         except Exception:
             return pickle.dumps(_Report(when, error=RuntimeError(f"on rank {rank}:\n{traceback.format_exc()}")))
+
+
+def _torchrun(rank: int, world: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets, since libraries read them."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 def _end_with_parent(stacks: str) -> None:
