@@ -6,24 +6,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpfuse.compiler import backend, compile, last_report
+    from tpfuse.compiler import backend, compile, explain, inductor_pass, last_report
     from tpfuse.config import Config
     from tpfuse.report import Decline, Event, FusionError, Report
     from tpfuse.target import Range, Target
 
 _HOMES = {
-    "compile": "compiler", "backend": "compiler", "last_report": "compiler",
+    "compile": "compiler", "backend": "compiler", "last_report": "compiler", "explain": "compiler", "inductor_pass": "compiler",
     "Config": "config", "Decline": "report", "Event": "report", "FusionError": "report", "Report": "report",
     "Range": "target", "Target": "target",
 }  # fmt: skip
 
 __all__ = [
-    "Config", "Decline", "Event", "FusionError", "Range", "Report", "Target", "backend", "compile", "last_report",
+    "Config", "Decline", "Event", "FusionError", "Range", "Report", "Target", "backend", "compile", "explain",
+    "inductor_pass", "last_report", "ops",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Public names are loaded when first asked for: importing tpfuse does no work."""
+    if name == "ops":
+        return importlib.import_module("tpfuse.ops")
     if name not in _HOMES:
         raise AttributeError(f"module 'tpfuse' has no attribute {name!r}")
     module = importlib.import_module(f"tpfuse.{_HOMES[name]}")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from tpfuse import shim
+from tpfuse.shim import CustomGraphPass
 from tpfuse.config import Config
 from tpfuse.ir import check
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
-from tpfuse.runtime.dispatch import Dispatcher
+from tpfuse.lowering.ranges import UNBOUNDED
+from tpfuse.runtime.dispatch import Dispatcher, copy_graph
+from tpfuse.runtime.key import cache_key
+from tpfuse.target import Range, Target
 
 _last: list[Report] = []
 
@@ -152,3 +156,69 @@ def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown option {name!r}: neither a field of tpfuse.Config nor a setting of Inductor{hint}")
     return Config.of(own), patches
+
+
+def explain(
+    model: Callable[..., Any], *args: Any, config: Config | None = None, target: Target | None = None, **kwargs: Any
+) -> Report:
+    """What would happen to a model on `target`, without compiling or running a kernel: the graph is captured, raised, fused
+    and lowered for every range, and the model runs unfused once on the inputs.
+
+    model, args, kwargs: as for a call; meta tensors will do.  A process group of torch's "fake" back end stands in for
+    ranks.  target: None means this machine.
+    """
+    report = Report()
+    _last[:] = [report]
+    config = Config.of(config)
+    targets = None if target is None else lambda group: replace(target, world=shim.resolve_group(group).size() if group else 1)
+
+    def planner(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
+        unfused = fx.GraphModule(gm, copy_graph(gm.graph))
+        report.shared.extend(raise_graph(gm.graph))
+        verify(gm.graph, "raise")
+        dispatcher = Dispatcher(gm, inner, config, {}, report, Fuel(config.fuel), targets)
+        for limits in dispatcher.ranges:
+            _, result, _ = dispatcher.plan(limits)
+            report.add(result)
+        return shim.boxed(unfused.forward)
+
+    def whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return shim.compile_fx(gm, inputs, planner, {})
+
+    with torch.no_grad():
+        torch.compile(model, backend=whole, dynamic=True)(*args, **kwargs)
+    return report
+
+
+class InductorPass(CustomGraphPass):
+    """Seam 2: tpfuse as a post-grad pass in an engine's own Inductor slot, before Inductor's patterns.
+
+    On an FX cache hit no pass runs: the report is then empty, and ranks agree through the engine's own means.
+    """
+
+    def __init__(self, config: Config, limits: Range | None, then: CustomGraphPass | None) -> None:
+        self.config, self.limits, self.then = config, limits or Range(1, config.max_tokens or UNBOUNDED), then
+        self.report = Report()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        _last[:] = [self.report]
+        self.report.shared += raise_graph(graph)
+        verify(graph, "raise")
+        gm = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module
+        dispatcher = Dispatcher(gm, {}, self.config, {}, self.report, Fuel(self.config.fuel))
+        self.report.add(dispatcher.rewrite(graph, self.limits))
+        if self.then is not None:
+            self.then(graph)
+
+    def uuid(self) -> str:
+        return cache_key(self.config, self.limits, self.then.uuid() if self.then else None)
+
+
+def inductor_pass(
+    config: Config | Mapping[str, Any] | None = None, range: Range | None = None, then: CustomGraphPass | None = None
+) -> InductorPass:
+    """A pass for `torch._inductor.config.post_grad_custom_pre_pass`.
+
+    range: the token counts that the graph will see (None: 1 … max_tokens).  then: the pass that held the slot before.
+    """
+    return InductorPass(Config.of(config), range, then)

@@ -35,7 +35,7 @@ class Event:
     status: "fired" (a rule rewrote the site), "declined" (the closest rule did not, `reason` says why), "lowered" (a kernel
     was chosen) or "unfused" (fused, then taken apart again for want of a kernel; counts as declined).
     rule: the rule's or operator's name.  site: the layer path ("model.layers.3.mlp").  range: None where it holds for all.
-    attributes: what the operator carries (eps, weight_bias, scheme, kernel …).
+    attributes: what the operator carries (eps, weight_bias, scheme, kernel …).  node: its name in the graph, for dumps.
     """
 
     status: str
@@ -44,6 +44,7 @@ class Event:
     range: Range | None = None
     reason: Decline | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    node: str = ""
 
     def __str__(self) -> str:
         where = self.site or "(graph)"

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import SymInt, Tensor
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-__all__ = ["FakeTensor", "FakeTensorMode", "ShapeEnv", "detect_fake_mode"]
+__all__ = ["CustomGraphPass", "FakeTensor", "FakeTensorMode", "ShapeEnv", "detect_fake_mode"]
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
@@ -113,3 +114,10 @@ def opaque_object(value: Any) -> bool:
 
 def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
+    """A callable that takes one list of arguments and clears it, as AOTAutograd passes them."""
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    return make_boxed_func(function)

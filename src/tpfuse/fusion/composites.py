@@ -50,7 +50,7 @@ def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> l
                     latest.update(dict.fromkeys(new.users, latest[new]))
                     fired = True
                     if rule.op.fuse != "always":
-                        events = [e for e in events if e.attributes.get("node") not in {c.name for c in found.calls()}]
+                        events = [e for e in events if e.node not in {c.name for c in found.calls()}]
                         events.append(_fired(rule, new))
             if fired:
                 sort(graph)
@@ -92,7 +92,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 
 
 def _fired(rule: Rule, node: fx.Node) -> Event:
-    return Event("fired", rule.name, site_of(node), attributes={**attributes(rule.op, node), "node": node.name})
+    return Event("fired", rule.name, site_of(node), attributes=attributes(rule.op, node), node=node.name)
 
 
 def attributes(op: Op, node: fx.Node) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
         if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul"):
             continue
         rule, reason = _closest(node, op, active, declines)
-        events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}))
+        events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}, node=node.name))
     return events
 
 
@@ -133,8 +133,11 @@ def _closest(
     if op.collective:
         names = sorted({str(u.target) for u in users})
         return wanted[0].name, Decline("no_norm", f"no norm follows; it is used by {', '.join(names) or 'nothing'}")
-    mismatch = [d for r, d in declines.get(node, []) if r in wanted]
-    return wanted[0].name, mismatch[0] if mismatch else Decline("no_match", "nothing around it fits")
+    mismatch = [(r, d) for r, d in declines.get(node, []) if r in wanted]
+    if mismatch:  # the last is that of the shortest pattern, all optional steps left out
+        rule, reason = mismatch[-1]
+        return rule.name, Decline("no_collective" if rule.op.collective else "no_producer", reason.detail)
+    return wanted[0].name, Decline("no_consumer", f"it is used by {', '.join(str(u.target) for u in users) or 'nothing'}")
 
 
 def _consumers(node: fx.Node, depth: int = 1) -> list[fx.Node]:

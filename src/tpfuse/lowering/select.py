@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
         assert op is not None
         if op.fuse in (None, "always"):
             continue
-        found = pick(op, node, targets, preference)
+        args = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in op.bind(node.args, node.kwargs).items()}
+        found = pick(op, args, targets(args.get("group")), preference)
         if isinstance(found, Kernel):
             chosen.append((node, op, found))
             events.append(Event("lowered", op.name, site_of(node), attributes={"kernel": found.name}))
@@ -54,10 +55,8 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
     return events
 
 
-def pick(op: Op, node: fx.Node, targets: Targets, preference: str) -> Kernel | Decline:
+def pick(op: Op, args: Mapping[str, Any], target: Target, preference: str) -> Kernel | Decline:
     """The first registered kernel that supports the arguments, newest registration first; or why there is none."""
-    args = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in op.bind(node.args, node.kwargs).items()}
-    target = targets(args.get("group"))
     reasons = []
     for kernel in reversed(op.kernels):
         if kernel.backend not in target.backends or preference not in ("auto", kernel.backend):

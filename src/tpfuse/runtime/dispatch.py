@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tpfuse.fusion import fuse
 from tpfuse.ir.op import find
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import UNBOUNDED, plan_ranges
-from tpfuse.lowering.select import final_operators, lower, schedule
+from tpfuse.lowering.select import Targets, final_operators, lower, schedule
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect
@@ -55,11 +55,14 @@ class Dispatcher:
         patches: dict[str, Any],
         report: Report,
         fuel: Callable[[], bool],
+        targets: Targets | None = None,
     ) -> None:
         self.fuel = fuel
         self.gm, self.kwargs, self.config, self.patches, self.report = gm, kwargs, config, patches, report
         self.number = next(_graphs)
         self.placeholders = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+        device = next((v.device.type for v in self.placeholders if isinstance(v, torch.Tensor)), "cpu")
+        self.targets = targets or functools.partial(detect, device)
         self.bindings = Bindings.of(self.placeholders)
         self.tokens = token_expression(gm.graph)
         self.ranges = self._ranges()
@@ -120,22 +123,23 @@ class Dispatcher:
 
     def plan(self, limits: Range) -> tuple[fx.Graph, RangeResult, dict[str, list[str]]]:
         """Fuse and lower a copy of the raised graph for one range → (final graph, what happened, schedule by group)."""
-        graph = fx.Graph()
-        old = self.gm.graph.find_nodes(op="output")[0]
-        output = graph.output(graph.graph_copy(self.gm.graph, {}))
-        output.meta.update(old.meta)
+        graph = copy_graph(self.gm.graph)
+        result = self.rewrite(graph, limits)
+        return graph, result, schedule(graph, agreement.group_ranks)
+
+    def rewrite(self, graph: fx.Graph, limits: Range) -> RangeResult:
+        """Fuse and lower a raised graph in place."""
         self._dump(graph, limits, "1-raised")
         events = fuse(graph, [p for p in PASSES if self._enabled(p, limits)], self.fuel)
         verify(graph, "fuse")
         self._dump(graph, limits, "2-fused")
-        device = next((v.device.type for v in self.placeholders if isinstance(v, torch.Tensor)), "cpu")
-        events += lower(graph, functools.partial(detect, device), self.config.kernels, self.config.verify)
+        events += lower(graph, self.targets, self.config.kernels, self.config.verify)
         graph.lint()
         self._dump(graph, limits, "3-lowered")
-        events = [Event(e.status, e.rule, e.site, limits, e.reason, e.attributes) for e in events]
+        events = [replace(e, range=limits) for e in events]
         if self.config.strict:
             _insist(events)
-        return graph, RangeResult(self.number, limits, final_operators(graph), events), schedule(graph, agreement.group_ranks)
+        return RangeResult(self.number, limits, final_operators(graph), events)
 
     def _enabled(self, name: str, limits: Range) -> bool:
         own = self.config.ranges.get(limits.end, {}) if isinstance(self.config.ranges, dict) else {}
@@ -159,7 +163,7 @@ class Dispatcher:
             call = agreement.compile_once(everyone[0], _text(graph), build, self.config.timeout)
         else:
             call = build()
-        back = {new: old for old, new in symbols.items() if not isinstance(new, int)}
+        back = {new: old for old, new in symbols.items() if new.is_Symbol}
         return call, [g.xreplace(back) for g in shim.guards_of(env)]
 
     def _dump(self, graph: fx.Graph, limits: Range, stage: str) -> None:
@@ -168,6 +172,14 @@ class Dispatcher:
             folder = Path(self.config.dump) / f"rank{rank}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"graph{self.number}-{limits.start}-{limits.end}-{stage}.txt").write_text(_text(graph))
+
+
+def copy_graph(old: fx.Graph) -> fx.Graph:
+    """A copy that shares nothing but metadata values."""
+    graph = fx.Graph()
+    output = graph.output(graph.graph_copy(old, {}))
+    output.meta.update(old.find_nodes(op="output")[0].meta)
+    return graph
 
 
 def _text(graph: fx.Graph) -> str:

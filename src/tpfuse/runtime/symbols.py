@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import SymInt, Tensor, fx
 
@@ -60,7 +61,7 @@ def fresh_inputs(
     """Fake inputs like `placeholders` under a ShapeEnv of their own, hinted with `values`, the token symbol kept inside
     `limits` (and replaced by its number where they are a single size).
 
-    → (inputs, environment, {old symbol: new symbol or int}).
+    → (inputs, environment, {old symbol: new symbol or number}).
     """
     env = shim.ShapeEnv(duck_shape=False)
     mode = shim.FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
@@ -76,15 +77,17 @@ def fresh_inputs(
             if symbol == tokens:
                 low, high = max(low, limits.start), min(high or limits.end, limits.end)
             if low == high:
-                new[symbol] = low
+                new[symbol] = sympy.Integer(low)
             else:
                 new[symbol] = shim.fresh_symbol(env, f"tpfuse_{len(new)}", values[symbol], low, high)
+
+    numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
 
     def convert(size: Any) -> Any:
         if not isinstance(size, SymInt):
             return size
         expr = size.node.expr.xreplace(new)
-        return int(expr) if expr.is_Integer else shim.sym_int(env, expr, int(size.node.expr.xreplace(values)))
+        return int(expr) if expr.is_Integer else shim.sym_int(env, expr, int(size.node.expr.xreplace(numbers)))
 
     inputs: list[Any] = []
     for value in placeholders:

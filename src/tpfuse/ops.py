@@ -1,0 +1,69 @@
+"""The fused operators, called directly: `tpfuse.ops.all_reduce_add_rms_norm(x, residual, weight, group=mesh["tp"])`.
+
+Every operator of `tpfuse.ir` is an attribute here.  Arguments are those of its declaration; `group` is a ProcessGroup, a
+one-dimensional DeviceMesh or a group's name.  Under torch.compile the call becomes one operator of the graph, which tpfuse's
+backend lowers; eagerly a kernel is picked and launched at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tpfuse import ir
+from tpfuse.ir.op import Kernel, Op
+from tpfuse.lowering.select import pick
+from tpfuse.report import FusionError
+from tpfuse.runtime.detect import detect
+
+
+def group_name(group: Any) -> str:
+    """The c10d name of a ProcessGroup, of a one-dimensional DeviceMesh, or of itself.  TypeError for anything else."""
+    if isinstance(group, str):
+        return group
+    if isinstance(group, dist.ProcessGroup):
+        return group.group_name
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise TypeError(f"a mesh of one dimension is needed, got {group.mesh_dim_names or group.ndim}: mesh[name]")
+        return group.get_group().group_name
+    raise TypeError(f"group must be a ProcessGroup, a one-dimensional DeviceMesh or a name, got {type(group).__name__}")
+
+
+def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
+    if op.collective:
+        position = op.params.index("group")
+        if "group" in kwargs:
+            kwargs["group"] = group_name(kwargs["group"])
+        elif len(args) > position:
+            args = (*args[:position], group_name(args[position]), *args[position + 1 :])
+        else:
+            raise TypeError(f"{op.name} needs a group: nothing runs on a default one")
+    bound = op.bind(args, kwargs)
+    if torch.compiler.is_compiling():
+        return op.default(*bound.values())
+    device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
+    target = detect(device, bound.get("group"))
+    kernel = pick(op, bound, target, "reference" if op.fuse in (None, "always") and kernels == "auto" else kernels)
+    if not isinstance(kernel, Kernel):
+        raise FusionError(f"{op.name}: {kernel}")
+    return op.launcher(kernel.name)(*bound.values(), alive=(True,) * op.results)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    if name not in ir.registry:
+        raise AttributeError(f"tpfuse.ops has no operator {name!r}; known: {', '.join(sorted(ir.registry))}")
+    op = ir.registry[name]
+    call = functools.partial(_call, op)
+    call.__doc__ = op.doc
+    globals()[name] = call
+    return call
+
+
+def __dir__() -> list[str]:
+    return sorted(ir.registry)
