@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import SymInt, Tensor
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = ["CustomGraphPass", "FakeTensor", "FakeTensorMode", "ShapeEnv", "detect_fake_mode"]

@@ -79,7 +79,7 @@ def _collect(store: dist.Store, key: str, ranks: Sequence[int], timeout: float, 
     except RuntimeError as error:
         missing = [r for r in ranks if not store.check([f"{key}/{r}"])]
         raise FusionError(
-            f"rank {dist.get_rank()} waited {timeout:.0f} s in {what} {key.rsplit('/', 1)[-1]} for ranks {missing}, which never came"
+            f"rank {dist.get_rank()} waited {timeout:.0f} s in {what} {key.rsplit('/', 1)[-1]} for ranks {missing}"
         ) from error
     return {r: json.loads(store.get(f"{key}/{r}")) for r in ranks}
 
