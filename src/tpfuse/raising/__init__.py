@@ -1,0 +1,30 @@
+"""Raising: every spelling of a collective, norm, activation or product becomes one operator.  Exact; no hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from tpfuse.raising.activations import raise_activations
+from tpfuse.raising.canonical import canonicalise, hoist_views
+from tpfuse.raising.collectives import raise_collectives
+from tpfuse.raising.matmuls import raise_matmuls
+from tpfuse.raising.norms import raise_norms
+from tpfuse.report import Event
+
+Step = Callable[[fx.Graph], list[Event]]
+
+STEPS: list[Step] = [
+    canonicalise,
+    raise_collectives,
+    hoist_views,
+    raise_norms,
+    raise_activations,
+    raise_matmuls,
+]
+
+
+def raise_graph(graph: fx.Graph) -> list[Event]:
+    """Raise a post-AOT graph in place.  Returns what looked like a site and was declined, each with its reason."""
+    return [event for step in STEPS for event in step(graph)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from tpfuse.report import Decline
+from tpfuse.rewrite.match import same_shape, same_strides
+
+DECLINE = "tpfuse_decline"  # metadata of a node that was not raised: the Decline that says why
 COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten", "tpfuse_order")
 
 
@@ -20,15 +24,55 @@ def fake(value: Any) -> Any:
     return value
 
 
-def emit(graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
-    """Call `target` at the graph's insertion point.  The new node's value is computed by the operator's fake, the rest of
-    its metadata is that of `like`, the node that it stands in for."""
-    node = graph.call_function(target, tuple(args))
+def emit(
+    graph: fx.Graph, target: Any, args: Sequence[Any], like: fx.Node, kwargs: Mapping[str, Any] | None = None
+) -> fx.Node:
+    """Call `target` at the graph's insertion point.
+
+    The new node's value is computed by the operator's fake, the rest of its metadata is that of `like`, the
+    node that it stands in for.
+    """
+    kwargs = dict(kwargs or {})
+    node = graph.call_function(target, tuple(args), kwargs)
     fakes = fake(tuple(args))
     mode = detect_fake_mode([like.meta.get("val"), *fakes])
     if mode is None:
         raise ValueError(f"no fake values around {like}: tpfuse rewrites graphs that AOTAutograd traced")
     with mode:
-        node.meta["val"] = target(*fakes)
+        node.meta["val"] = target(*fakes, **{k: fake(v) for k, v in kwargs.items()})
     node.meta.update({k: like.meta[k] for k in COPIED if k in like.meta})
     return node
+
+
+def substitute(old: fx.Node, target: Any, args: Sequence[Any], at: fx.Node | None = None) -> fx.Node | Decline:
+    """Put target(*args) in the place of `old` and erase what nothing uses any more.
+
+    at: the node before which it stands and whose layer path it takes (default `old`).
+
+    Declines with "strides" where the new value would lie otherwise in memory than the old one.  RuntimeError where
+    shape or dtype differ: then the rewrite is wrong.
+    """
+    at = at or old
+    with old.graph.inserting_before(at):
+        new = emit(old.graph, target, args, like=at)
+    was, now = old.meta["val"], new.meta["val"]
+    if was.dtype != now.dtype or not same_shape(was, now):
+        raise RuntimeError(
+            f"{old.format_node()} is {was.dtype} {list(was.shape)}, {target} gives {now.dtype} {list(now.shape)}"
+        )
+    if not same_strides(was, now):
+        old.graph.erase_node(new)
+        return Decline("strides", f"{old.name} has strides {tuple(was.stride())}, {target} gives {tuple(now.stride())}")
+    old.replace_all_uses_with(new)
+    erase_dead(old)
+    return new
+
+
+def erase_dead(node: fx.Node) -> None:
+    """Erase a node that nothing uses, and then its inputs likewise.  Impure nodes stay."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "call_function" and not node.users and not node._erased and not node.is_impure():
+            pending += node.all_input_nodes
+            node.graph.erase_node(node)

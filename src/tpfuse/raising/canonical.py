@@ -1,0 +1,159 @@
+"""One form for what models write in many: views folded, no-ops dropped, equal casts and views joined.  Exact."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import Any
+
+from torch import SymInt, fx
+
+from tpfuse.ir.op import registry
+from tpfuse.report import Decline, Event
+from tpfuse.rewrite.emit import emit, erase_dead, substitute
+from tpfuse.rewrite.match import (
+    SPLITS,
+    VIEWS,
+    aten,
+    cast_source,
+    is_call,
+    is_tensor,
+    prims,
+    same,
+    same_shape,
+    same_strides,
+    tensor,
+)
+
+_NO_OPS = (*VIEWS, aten.expand.default, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
+_ALIASING = (
+    *VIEWS,
+    aten.expand.default,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    operator.getitem,
+)
+_JOINED = (*VIEWS, prims.convert_element_type.default, aten._to_copy.default, aten.permute.default, aten.sym_size.int)
+
+
+def canonicalise(graph: fx.Graph) -> list[Event]:
+    """Bring a graph to canonical form."""
+    for node in list(graph.nodes):
+        if node._erased or node.op != "call_function":
+            continue
+        if _is_no_op(node):
+            node.replace_all_uses_with(node.args[0])
+            erase_dead(node)
+        elif is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
+            _fold_view(node)
+        elif is_call(node, aten.cat.default):
+            _fold_split(node)
+    _join(graph)
+    return []
+
+
+def _is_no_op(node: fx.Node) -> bool:
+    """Whether a node hands on its operand unchanged and nobody can tell the two apart by writing to one."""
+    if node.target not in _NO_OPS or not is_tensor(node.args[0]):
+        return False
+    old, new = tensor(node.args[0]), tensor(node)
+    if old.dtype != new.dtype or old.device != new.device or not same_shape(old, new) or not same_strides(old, new):
+        return False
+    return node.target in (*VIEWS, aten.expand.default) or not _escapes(node)
+
+
+def _escapes(node: fx.Node) -> bool:
+    """Whether a node's memory leaves the graph or is written to."""
+    return any(
+        u.op == "output" or u.target is aten.copy_.default or (u.target in _ALIASING and _escapes(u))
+        for u in node.users
+    )
+
+
+def _fold_view(node: fx.Node) -> None:
+    """A view of a view is a view."""
+    substitute(node, aten.reshape.default, (node.args[0].args[0], node.args[1]))
+
+
+def _fold_split(cat: fx.Node) -> None:
+    """Equal pieces cut along one dimension and joined along another are a reshape where no row moves in memory.
+
+    DTensor moves shards of a dimension other than the first so: around a gather or a scatter over a batch of one.
+    """
+    pieces, to = cat.args[0], cat.args[1] if len(cat.args) > 1 else 0
+    if not all(is_call(p, operator.getitem) for p in pieces):
+        return
+    split: fx.Node = pieces[0].args[0]
+    if not is_call(split, *SPLITS) or [p.args for p in pieces] != [(split, i) for i in range(len(pieces))]:
+        return
+    x, cut = split.args[0], split.args[2] if len(split.args) > 2 else 0
+    whole, part = tensor(x), tensor(pieces[0])
+    if len(split.meta["val"]) != len(pieces) or not all(same_shape(part, tensor(p)) for p in pieces):
+        return
+    cut, to = cut % whole.dim(), to % whole.dim()
+    between = part.shape[cut:to] if to > cut else part.shape[to:cut]
+    if all(same(n, 1) for n in between) and (sizes := _sizes(cat)) is not None:
+        substitute(cat, aten.reshape.default, (x, sizes))
+
+
+def _sizes(node: fx.Node) -> list[int] | None:
+    """A node's shape as constants, at most one unknown size left to be inferred; None where more are unknown."""
+    sizes = [-1 if isinstance(n, SymInt) else n for n in tensor(node).shape]
+    return sizes if sizes.count(-1) <= 1 else None
+
+
+def _join(graph: fx.Graph) -> None:
+    """Join casts, views and integer arithmetic that are written twice."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        integer = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+        if node.op != "call_function" or not (node.target in _JOINED or integer):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node and (cast_source(node) is None or not (_escapes(node) or _escapes(first))):
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    return type(value), value
+
+
+def hoist_views(graph: fx.Graph) -> list[Event]:
+    """A view between an all-reduce and its consumers goes above the all-reduce, if it only regroups rows."""
+    all_reduce = registry["all_reduce"].default
+    for node in [n for n in graph.nodes if n.target is all_reduce]:
+        users = list(node.users)
+        view = users[0] if len(users) == 1 and is_call(users[0], *VIEWS) else None
+        if view is None or not same(tensor(view).shape[-1], tensor(node).shape[-1]):
+            continue
+        if _bring_before(node, view.args[1]):
+            with graph.inserting_before(node):
+                x = emit(graph, aten.reshape.default, (node.args[0], view.args[1]), like=view)
+            if isinstance(substitute(view, all_reduce, (x, node.args[1]), at=node), Decline):
+                erase_dead(x)
+    return []
+
+
+def _bring_before(node: fx.Node, values: Any) -> bool:
+    """Move the integer arithmetic that computes `values` above `node`; False where it needs a tensor from below."""
+    above = set(itertools.takewhile(lambda n: n is not node, node.graph.nodes))
+    late: list[fx.Node] = []
+    pending = [v for v in values if isinstance(v, fx.Node)]
+    while pending:
+        value = pending.pop()
+        if value not in above:
+            if is_tensor(value):
+                return False
+            late.append(value)
+            pending += value.all_input_nodes
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    for value in sorted(set(late), key=order.__getitem__):
+        node.prepend(value)
+    return True
