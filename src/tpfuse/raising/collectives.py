@@ -24,7 +24,7 @@ def raise_collectives(graph: fx.Graph) -> list[Event]:
         declined = _raise(graph, node)
         if declined is not None:
             node.meta[DECLINE] = declined
-            name = node.target._schema.name.split("::")[1]
+            name: str = node.target._schema.name.split("::")[1]
             events.append(Event("declined", _RULES.get(name, name), site_of(node), reason=declined))
     return events
 
