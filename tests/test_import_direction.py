@@ -35,6 +35,9 @@ def plant(tmp_path: Path, file: str, code: str) -> list[str]:
         ("ir/fused.py", "import tpfuse.gadgets", "gadgets has no layer"),
         ("raising/norms.py", "import torch\nx = torch.cuda.is_available()", "asks for a device: torch.cuda"),
         ("fusion/composites.py", "from torch import cuda", "asks for a device: import of torch.cuda"),
+        ("ir/op.py", "import torch\nx = torch._ops.OpOverload", "torch._ops is private to torch"),
+        ("ir/op.py", "from torch._guards import detect_fake_mode", "torch._guards.detect_fake_mode is private"),
+        ("ir/op.py", "def f():\n    import torch._inductor.config", "torch._inductor.config is private"),
         ("fusion/composites.py", "from tpfuse.target import Target", "a device: import of tpfuse.target.Target"),
     ],
 )
@@ -51,6 +54,8 @@ def test_catches(tmp_path, file, code, complaint):
         ("fusion/composites.py", "from tpfuse.target import Range\nfrom ..rewrite.rule import Rule"),
         ("compiler.py", "def f():\n    from tpfuse.kernels import workspace"),
         ("kernels/signal.py", "import torch\nfrom tpfuse.ir.op import op\nx = torch.cuda.current_device()"),
+        ("ir/matmul.py", "import torch\nx = torch.ops.aten._scaled_mm, torch.__version__"),
+        ("shim.py", "from torch._guards import detect_fake_mode"),
         ("report.py", "from tpfuse.target import Range"),
         ("cli/run.py", "import tpfuse.compiler\nfrom tpfuse.runtime import agreement"),
         ("__init__.py", "from tpfuse.compiler import backend"),

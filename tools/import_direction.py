@@ -1,4 +1,6 @@
-"""Check that tpfuse's imports point one way.  Usage: python tools/import_direction.py src
+"""Check that tpfuse's imports point one way and that private names of torch stand in the shim.
+
+Usage: python tools/import_direction.py src
 
 Lower layers never import higher ones, stages of the pipeline never import each other, and kernels are named by string:
 only the layers that run a graph may import one, and only inside a function, so that `explain` works without a GPU.
@@ -44,6 +46,8 @@ def _check_file(path: Path, package: Path) -> Iterator[str]:
         complaints = [_judge(owner, target, in_function) for target in _imported(node, folder, package.name)]
         if owner in DEVICE_FREE and (asked := _device_question(node)):
             complaints.append(f"{owner} asks for a device: {asked}")
+        if owner != "shim" and (name := _private_torch(node)):
+            complaints.append(f"{name} is private to torch: give it a name in shim")
         for complaint in filter(None, complaints):
             yield f"{path}:{getattr(node, 'lineno', 0)}: {complaint}"
 
@@ -95,6 +99,27 @@ def _device_question(node: ast.AST) -> str | None:
             full = f"{module}.{alias.name}" if module else alias.name
             if full in DEVICE_MODULES or module in DEVICE_MODULES or full == "tpfuse.target.Target":
                 return f"import of {full}"
+    return None
+
+
+def _private_torch(node: ast.AST) -> str | None:
+    """A private name of torch that the node spells out; operators (torch.ops.aten._scaled_mm) are public by their schema."""
+    if isinstance(node, ast.Attribute):
+        names = [ast.unparse(node)]
+    elif isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+    else:
+        return None
+    for name in names:
+        root, *parts = name.split(".")
+        private = [part for part in parts if part.startswith("_") and not part.endswith("__")]
+        if root == "torch" and private and parts[0] != "ops":
+            # Of a chain the walk visits every prefix: complain of the one that ends in the private name.
+            if isinstance(node, ast.Attribute) and (len(private) > 1 or parts[-1] != private[0]):
+                continue
+            return name
     return None
 
 

@@ -59,7 +59,11 @@ def test_scheme_errors(text: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["row", "row+ue8m0", "row+ue8m0_packed", "col", "col+tma", "col+ue8m0", "col+tma+ue8m0", "col+tma+ue8m0_packed", "col+ue8m0_packed", "linear", "swizzled_128x4", "swizzled_8x4"],
+    [
+        "row", "row+ue8m0", "row+ue8m0_packed", "col", "col+tma",
+        "col+ue8m0", "col+tma+ue8m0", "col+tma+ue8m0_packed", "col+ue8m0_packed", "linear",
+        "swizzled_128x4", "swizzled_8x4",
+    ],
 )
 def test_layout_round_trip(text: str) -> None:
     assert str(Layout.parse(text)) == text

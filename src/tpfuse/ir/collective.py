@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tpfuse.ir.op import op
 from tpfuse.ir.samples import rows
+from tpfuse.shim import resolve_group
 
 _c10d = torch.ops._c10d_functional
 
 
 def world_size(group: str) -> int:
     """The number of ranks in the group named `group`."""
-    return torch.distributed.distributed_c10d._resolve_process_group(group).size()  # type: ignore[attr-defined]
+    return resolve_group(group).size()
 
 
 def _same(x: Tensor, group: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from tpfuse.ir import check
 from tpfuse.report import Decline
+from tpfuse.shim import OpOverload
 from tpfuse.target import Target
 
 NAMESPACE = "tpfuse"
@@ -92,8 +93,8 @@ class Op:
         _library.impl(f"{self.name}.lowered", self._launch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}.lowered", self._lowered_fake, lib=_library)
         self.packet = getattr(getattr(torch.ops, NAMESPACE), self.name)
-        self.default: torch._ops.OpOverload = self.packet.default
-        self.lowered: torch._ops.OpOverload = self.packet.lowered
+        self.default: OpOverload = self.packet.default
+        self.lowered: OpOverload = self.packet.lowered
         self.results = len(self.default._schema.returns)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -137,22 +138,25 @@ class Op:
         return getattr(importlib.import_module(module), function)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
-        *args, name, mask = (*args, *(v for v in (kernel, alive) if v is not None))
-        if self.collective:
-            args = args[1:]
-        living = tuple(bool(mask >> i & 1) for i in range(self.results))
+        own, name, living = self._own(args, kernel, alive)
         if name.startswith(check.PREFIX):
-            return check.checked(self, tuple(args), name, living)
-        return self.launcher(name)(*args, alive=living)
+            return check.checked(self, own, name, living)
+        return self.launcher(name)(*own, alive=living)
 
     def _reference_alive(self, *args: Any, alive: tuple[bool, ...]) -> Any:
         return _keep(self.reference(*args), alive)
 
     def _lowered_fake(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
-        *args, _, mask = (*args, *(v for v in (kernel, alive) if v is not None))
-        if self.collective:
-            args = args[1:]
-        return _keep(self.fake(*args), tuple(bool(mask >> i & 1) for i in range(self.results)))
+        own, _, living = self._own(args, kernel, alive)
+        return _keep(self.fake(*own), living)
+
+    def _own(
+        self, args: tuple[Any, ...], kernel: str | None, alive: int | None
+    ) -> tuple[tuple[Any, ...], str, tuple[bool, ...]]:
+        """(the operator's arguments, the kernel's name, which results live) of a call of the lowered overload."""
+        given: list[Any] = [*args, *(v for v in (kernel, alive) if v is not None)]
+        *own, name, mask = given[1:] if self.collective else given  # without the channel
+        return tuple(own), name, tuple(bool(mask >> i & 1) for i in range(self.results))
 
     def __repr__(self) -> str:
         return f"Op({self.name})"
@@ -184,7 +188,7 @@ def op(
 
 def find(target: Any) -> Op | None:
     """The operator that a graph node's target belongs to, or None.  Both the default and the lowered overload are found."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE:
+    if isinstance(target, OpOverload) and target.namespace == NAMESPACE:
         return registry.get(target._schema.name.split("::")[1])
     return None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 
 from tpfuse.ir.op import find
+from tpfuse.shim import detect_fake_mode
 
 
 def verify(graph: fx.Graph, stage: str) -> None:
@@ -17,7 +17,9 @@ def verify(graph: fx.Graph, stage: str) -> None:
         if op is None:
             continue
         args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
-        with detect_fake_mode(args):
+        mode = detect_fake_mode(args)
+        assert mode is not None
+        with mode:
             expected = node.target(*args)
         pairs = [(expected, node.meta["val"])] if isinstance(expected, Tensor) else zip(expected, node.meta["val"], strict=True)
         for want, have in pairs:

@@ -15,6 +15,7 @@ from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse
 from tpfuse.rewrite.order import ORDER, is_collective
 from tpfuse.rewrite.site import site_of
+from tpfuse.shim import detect_fake_mode
 from tpfuse.target import Target
 
 Targets = Callable[[str | None], Target]  # by the name of a group
@@ -98,7 +99,9 @@ def _channel(graph: fx.Graph, node: fx.Node, channels: dict[torch.device, fx.Nod
             empty = graph.call_function(
                 torch.ops.aten.empty.memory_format, ([1],), {"dtype": torch.uint8, "device": device, "pin_memory": False}
             )
-        with torch._guards.detect_fake_mode([node.args[0].meta["val"]]):
+        mode = detect_fake_mode([node.all_input_nodes[0].meta["val"]])
+        assert mode is not None
+        with mode:
             empty.meta["val"] = torch.empty([1], dtype=torch.uint8, device=device)
         channels[device] = empty
     return channels[device]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
-from torch._guards import detect_fake_mode
+
+from tpfuse.shim import detect_fake_mode
 
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same_shape, same_strides
