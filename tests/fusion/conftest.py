@@ -1,0 +1,3 @@
+from tests.raising.conftest import group
+
+__all__ = ["group"]
