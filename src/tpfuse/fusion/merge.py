@@ -45,7 +45,7 @@ def merge_all_reduces(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1 and len({*node.args} & {*node.all_input_nodes}) == 2
+    return is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1 and len(node.all_input_nodes) == 2
 
 
 def _is_inner(node: fx.Node) -> bool:

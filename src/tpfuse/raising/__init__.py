@@ -11,6 +11,7 @@ from tpfuse.raising.canonical import canonicalise, hoist_views
 from tpfuse.raising.collectives import raise_collectives
 from tpfuse.raising.matmuls import raise_matmuls
 from tpfuse.raising.norms import raise_norms
+from tpfuse.raising.opaque import name_opaque_collectives
 from tpfuse.report import Event
 
 Step = Callable[[fx.Graph], list[Event]]
@@ -18,6 +19,7 @@ Step = Callable[[fx.Graph], list[Event]]
 STEPS: list[Step] = [
     canonicalise,
     raise_collectives,
+    name_opaque_collectives,
     hoist_views,
     raise_norms,
     raise_activations,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -57,7 +58,7 @@ def _bodies(node: fx.Node) -> Iterator[fx.Graph]:
     """The graphs that a higher-order operator runs."""
     for given in node.all_input_nodes:
         if given.op == "get_attr":
-            body = getattr(given.graph.owning_module, str(given.target), None)
+            body: Any = getattr(given.graph.owning_module, str(given.target), None)
             if isinstance(body, fx.GraphModule):
                 yield body.graph
 
@@ -70,5 +71,5 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
                 yield from _calls(body)
 
 
-def _name(call: object) -> str:
+def _name(call: Any) -> str:
     return call._schema.name.replace("::", ".") if isinstance(call, torch._ops.OpOverload) else str(call)
