@@ -25,9 +25,9 @@ def checked(op: Op, args: tuple[Any, ...], spec: str, alive: tuple[bool, ...]) -
     site, kernel = spec.removeprefix(PREFIX).rsplit("|", 1)
     out = op.launcher(kernel)(*args, alive=alive)
     body = op.reference(*args)
-    exact = op.reference(*(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+    exact = op.reference(*(_wide(a) for a in args))
     for i, (got, unfused, true) in enumerate(zip(_tuple(out), _tuple(body), _tuple(exact), strict=True)):
-        if not alive[i] or got.numel() == 0:
+        if not (op.variadic or alive[i]) or got.numel() == 0:
             continue
         error, base = _error(got, true), _error(unfused, true)
         difference = (got.double() - unfused.double()).abs().max().item()
@@ -38,6 +38,12 @@ def checked(op: Op, args: tuple[Any, ...], spec: str, alive: tuple[bool, ...]) -
         if not error <= base * MARGIN + torch.finfo(torch.float32).eps:
             raise FusionError(f"verify: {op.name} at {site or '(graph)'}, result {i}: error {error:.3g}, unfused {base:.3g}")
     return out
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_wide(v) for v in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _tuple(out: Any) -> tuple[Tensor, ...]:

@@ -35,7 +35,7 @@ def sampler(*names: str) -> Any:
     return lambda **shape: _collective_sample(*names, **{"group": "", **shape})
 
 
-def _weight_dtype(args: Args) -> Decline | None:
+def weight_dtype(args: Args) -> Decline | None:
     """A weight of another dtype than the rows belongs to another norm (Gemma's FP32 1 + w); kernels read one dtype."""
     for name in ("weight", "weight2"):
         weight = args.get(name)
@@ -50,7 +50,7 @@ _QUANT = ("scheme", "layout")
 
 @op(
     sample=sampler("x", "weight", "bias", *_NORM, "group"), rows="collective", fuse="all_reduce_norm",
-    guard=_weight_dtype,
+    guard=weight_dtype,
 )  # fmt: skip
 def all_reduce_rms_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -66,7 +66,7 @@ def all_reduce_rms_norm(
 
 @op(
     sample=sampler("x", "residual", "weight", "bias", "alpha", *_NORM, "group"), rows="collective",
-    row_args=("x", "residual"), fuse="all_reduce_norm", guard=_weight_dtype,
+    row_args=("x", "residual"), fuse="all_reduce_norm", guard=weight_dtype,
 )  # fmt: skip
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None = None, alpha: float = 1.0, eps: float = 1e-6,
@@ -82,7 +82,7 @@ def all_reduce_add_rms_norm(
 
 @op(
     sample=sampler("x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "group"),
-    rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm", guard=_weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm", guard=weight_dtype,
 )  # fmt: skip
 def all_reduce_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
@@ -98,7 +98,7 @@ def all_reduce_rms_norm_add_rms_norm(
 
 @op(
     sample=sampler("x", "weight", "bias", "scale", *_NORM, *_QUANT, "group"), rows="collective",
-    fuse="all_reduce_norm_quantize", guard=_weight_dtype,
+    fuse="all_reduce_norm_quantize", guard=weight_dtype,
 )  # fmt: skip
 def all_reduce_rms_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -112,7 +112,7 @@ def all_reduce_rms_norm_quantize(
 
 @op(
     sample=sampler("x", "residual", "weight", "bias", "scale", "alpha", *_NORM, *_QUANT, "group"), rows="collective",
-    row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=_weight_dtype,
+    row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=weight_dtype,
 )  # fmt: skip
 def all_reduce_add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, alpha: float = 1.0,

@@ -101,7 +101,7 @@ def scaled_matmul(
     if scheme in NATIVE and x.dtype == E4M3 and alpha is None:
         out = getattr(torch, out_dtype)
         return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, result_scale, out, fast_accum)
-    wide = torch.float64 if x_scale.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
     y = _rows_value(x, x_scale, scheme, layout, wide) @ _weight_value(weight, weight_scale, scheme, weight_layout, wide)
     y = y if alpha is None else y * alpha.to(wide)
     y = y if bias is None else y + bias.to(wide)

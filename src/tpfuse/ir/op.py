@@ -62,6 +62,7 @@ class Op:
         commutes: tuple[str, str] | None,
         fuse: str | None,
         guard: Callable[[Args], Decline | None],
+        opaque: Callable[[Args], bool],
     ) -> None:
         self.reference = reference
         self.name = reference.__name__
@@ -72,6 +73,7 @@ class Op:
         self.commutes = commutes
         self.fuse = fuse
         self.guard = guard
+        self.opaque = opaque
         self.kernels: list[Kernel] = [Kernel("reference", "", lambda args, target: None)]
         self.params = list(inspect.signature(reference).parameters)
         self.collective = "group" in self.params
@@ -96,6 +98,8 @@ class Op:
         self.default: OpOverload = self.packet.default
         self.lowered: OpOverload = self.packet.lowered
         self.results = len(self.default._schema.returns)
+        # Over lists of tensors: as many results as weights, so no single pattern finds it and its pass matches by hand.
+        self.variadic = str(self.default._schema.returns[0].type) == "List[Tensor]"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A node when traced, shapes only inside a fake, else the body."""
@@ -171,15 +175,18 @@ def op(
     commutes: tuple[str, str] | None = None,
     fuse: str | None = None,
     guard: Callable[[Args], Decline | None] = lambda args: None,
+    opaque: Callable[[Args], bool] = lambda args: False,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an operator.
 
     fuse: the pass whose rules are derived from the body, if any: a name of `config.PASSES`, or "always" for a composite that
     others build on.  commutes: two row arguments that may be exchanged.  guard: why a match must not become this operator.
+    opaque: whether, for these arguments, the body must never be inlined: its aten form depends on the rank, or on whether
+    the world size divides the rows.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
-        declared = Op(reference, fake, sample, rows, row_args, commutes, fuse, guard)
+        declared = Op(reference, fake, sample, rows, row_args, commutes, fuse, guard, opaque)
         registry[declared.name] = declared
         return declared
 
@@ -214,7 +221,7 @@ def _optional(y: fx.Proxy, target: Any, argument: fx.Proxy) -> fx.Proxy:
 
 
 def _keep(out: Any, alive: tuple[bool, ...]) -> Any:
-    if isinstance(out, Tensor):
+    if isinstance(out, Tensor | list):
         return out
     return tuple(o if a else o.new_empty(0) for o, a in zip(out, alive, strict=True))
 

@@ -16,7 +16,7 @@ def verify(graph: fx.Graph, stage: str) -> None:
         op = find(node.target)
         if op is None:
             continue
-        args = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args]
+        args = fx.node.map_arg(node.args, lambda a: a.meta["val"])
         mode = detect_fake_mode(args)
         assert mode is not None
         with mode:

@@ -42,8 +42,8 @@ def unfuse(graph: fx.Graph, node: fx.Node, op: Op) -> list[fx.Node]:
     A leaf (`op.leaf_fake is not None`) has none: it can only be inlined.  Returns the nodes put in.
     """
     args = op.bind(node.args, node.kwargs)
-    body = _composite(op)
-    placeholders = {p: args[str(p.target)] for p in body.find_nodes(op="placeholder")}
+    body, placeholders = _over_lists(op, args) if op.variadic else (_composite(op), {})
+    placeholders = placeholders or {p: args[str(p.target)] for p in body.find_nodes(op="placeholder")}
 
     def left_out(inner: fx.Node, values: tuple[Any, ...]) -> bool:
         return "optional" in inner.meta and (values[1] is None or values[1] == 1.0)
@@ -89,6 +89,22 @@ def _replace(node: fx.Node, results: Any) -> None:
 def _composite(op: Op) -> fx.Graph:
     """A composite's body with every argument a proxy: the smaller operators, the optional steps marked."""
     return fx.Tracer().trace(op.reference)
+
+
+def _over_lists(op: Op, args: Mapping[str, Any]) -> tuple[fx.Graph, dict[fx.Node, Any]]:
+    """The body of a variadic composite for lists of these lengths, and the node that each of its placeholders is."""
+    body = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(body)
+    placeholders: dict[fx.Node, Any] = {}
+
+    def proxy(value: fx.Node) -> Any:
+        placeholder = body.placeholder(f"a{len(placeholders)}")
+        placeholders[placeholder] = value
+        return fx.Proxy(placeholder, tracer)
+
+    results = op.reference(**fx.node.map_arg(dict(args), proxy))
+    body.output([r.node for r in results])
+    return body, placeholders
 
 
 def _traced(op: Op, inputs: Mapping[str, fx.Node], fixed: Mapping[str, Any]) -> fx.Graph:

@@ -52,7 +52,9 @@ class Rule:
 
 
 def rules_of(op: Op) -> list[Rule]:
-    """A rule for each subset of the body's optional steps, the most complete first."""
+    """A rule for each subset of the body's optional steps, the most complete first; none for a variadic operator."""
+    if op.variadic:
+        return []
     names = [n.meta["optional"] for n in _trace(op).nodes if "optional" in n.meta]
     subsets = itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names) + 1))
     return [Rule(op, _trace(op, frozenset(drop)), frozenset(drop)) for drop in subsets]
@@ -194,7 +196,7 @@ def _orders(p: fx.Node, g: fx.Node) -> Iterator[tuple[list[Any], list[Any]]]:
         yield ps, gs
 
 
-_KINDS: dict[str, Any] = {"Tensor": fx.Node, "float": (float, int), "str": str, "int": int, "bool": bool}
+_KINDS: dict[str, Any] = {"Tensor": fx.Node, "float": (float, int), "str": str, "int": (int, fx.Node), "bool": bool}
 
 
 def _bind(match: Match, p: fx.Node, g: Any) -> Match | Decline:

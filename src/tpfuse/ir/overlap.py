@@ -1,0 +1,109 @@
+"""Matrix products with the collective before or after them, for kernels that overlap the two ("async TP")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from tpfuse.ir.collective import all_gather, all_gather_quantized, reduce_scatter
+from tpfuse.ir.matmul import matmul, matmul_sample, scaled_matmul, scaled_sample
+from tpfuse.ir.op import op
+
+_SCALED = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum")
+
+
+def _scatter_sample(**shape: Any) -> dict[str, Any]:
+    return {**matmul_sample(**shape), "padded": True, "group": shape["group"]}
+
+
+def _scaled_scatter_sample(**shape: Any) -> dict[str, Any]:
+    return {**scaled_sample(**shape), "padded": True, "group": shape["group"]}
+
+
+def _gather_sample(**shape: Any) -> dict[str, Any]:
+    one, other = matmul_sample(**shape), matmul_sample(**{**shape, "width": 32, "seed": 9})
+    return {
+        "x": one["x"], "weights": [one["weight"], other["weight"]], "biases": [one["bias"], None], "rows": None,
+        "keep": True, "group": shape["group"],
+    }  # fmt: skip
+
+
+def _scaled_gather_sample(**shape: Any) -> dict[str, Any]:
+    one, other = scaled_sample(**shape), scaled_sample(**{**shape, "width": 32, "seed": 9})
+    names = {"weights": "weight", "weight_scales": "weight_scale", "biases": "bias", "result_scales": "result_scale"}
+    return {
+        "x": one["x"], "x_scale": one["x_scale"],
+        **{many: [one[name], other[name]] for many, name in names.items()}, "alphas": [one["alpha"], other["alpha"]],
+        **{name: one[name] for name in _SCALED}, "rows": None, "keep": True, "group": shape["group"],
+    }  # fmt: skip
+
+
+@op(sample=_scatter_sample, rows="collective", fuse="async_tp")
+def matmul_reduce_scatter(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, padded: bool = False, group: str = ""
+) -> Tensor:
+    """Sum over the ranks of x @ weight (+ bias, each rank its own), own rows only.
+
+    x: [rows, k].  weight: [k, n].  bias: [n] or None → [⌈rows / world⌉, n]; padded: see `reduce_scatter`.
+    """
+    return reduce_scatter(matmul(x, weight, bias), group, padded)
+
+
+@op(sample=_scaled_scatter_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp")
+def scaled_matmul_reduce_scatter(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None,
+    result_scale: Tensor | None = None, alpha: Tensor | None = None, scheme: str = "fp8_tensor", layout: str = "row",
+    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, padded: bool = False,
+    group: str = "",
+) -> Tensor:  # fmt: skip
+    """`scaled_matmul`, summed over the ranks, own rows only → [⌈rows / world⌉, n] of `out_dtype`."""
+    y = scaled_matmul(
+        x, weight, x_scale, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum
+    )
+    return reduce_scatter(y, group, padded)
+
+
+@op(sample=_gather_sample, rows="collective", fuse="async_tp")
+def all_gather_matmul(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], rows: int | None = None, keep: bool = False,
+    group: str = "",
+) -> list[Tensor]:  # fmt: skip
+    """The rows of all ranks times each weight.
+
+    x: own rows, [own rows, k].  weights: [k, n_i].  biases: [n_i] or None, one for each weight.  rows: see `all_gather`.
+    keep: the gathered rows are wanted too.  → [rows, n_i] for each weight, then, where kept, [rows, k].
+    """
+    gathered = all_gather(x, group, rows)
+    products = [matmul(gathered, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [*products, gathered] if keep else products
+
+
+@op(sample=_scaled_gather_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp")
+def all_gather_scaled_matmul(
+    x: Tensor, x_scale: Tensor, weights: list[Tensor], weight_scales: list[Tensor], biases: list[Tensor | None],
+    result_scales: list[Tensor | None], alphas: list[Tensor | None], scheme: str = "fp8_tensor", layout: str = "row",
+    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, rows: int | None = None,
+    keep: bool = False, group: str = "",
+) -> list[Tensor]:  # fmt: skip
+    """The quantised rows of all ranks, with their scales by `layout`, times each quantised weight (see `scaled_matmul`).
+
+    x: own rows.  x_scale: of the own rows; one number for "fp8_tensor", the same on every rank and not gathered.
+    Lists: one entry for each weight.  keep: the gathered rows and scales are wanted too (for "fp8_tensor" the rows alone).
+    → [rows, n_i] of `out_dtype` for each weight, then what is kept.
+    """
+    if scheme == "fp8_tensor":
+        kept = [all_gather(x, group, rows)]
+        q, scales = kept[0], x_scale
+    else:
+        q, scales = all_gather_quantized(x, x_scale, scheme, layout, group, rows)
+        kept = [q, scales]
+    products = [
+        scaled_matmul(
+            q, weight, scales, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum
+        )
+        for weight, weight_scale, bias, result_scale, alpha in zip(
+            weights, weight_scales, biases, result_scales, alphas, strict=True
+        )
+    ]
+    return [*products, *kept] if keep else products
