@@ -45,6 +45,13 @@ def compile_fx_inner(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: 
     return compile_fx_inner(gm, inputs, **kwargs)  # type: ignore[return-value]
 
 
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions under its present settings, by operator."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
 def inductor_patch(patches: dict[str, Any]) -> AbstractContextManager[Any]:
     import torch._inductor.config as inductor_config
 

@@ -107,7 +107,7 @@ class Op:
         values = list(bound.values())
         if any(isinstance(a, fx.Proxy) for a in values):
             tracer = next(a for a in values if isinstance(a, fx.Proxy)).tracer
-            out = tracer.create_proxy("call_function", self.default, tuple(values), {})
+            out: Any = tracer.create_proxy("call_function", self.default, tuple(values), {})
             return out if self.results == 1 else tuple(out[i] for i in range(self.results))
         return self.fake(*values) if _shapes_only.get() else self.reference(*values)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from tpfuse.shim import detect_fake_mode
-
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same_shape, same_strides
+from tpfuse.shim import detect_fake_mode
 
 DECLINE = "tpfuse_decline"  # metadata of a node that was not raised: the Decline that says why
 COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten", "tpfuse_order")

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._guards import detect_fake_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse.ir.op import Op
 from tpfuse.rewrite.emit import emit, erase_dead, fake
+from tpfuse.shim import decompositions, detect_fake_mode
 
 _wait = torch.ops._c10d_functional.wait_tensor.default
 _bodies: WeakKeyDictionary[Any, dict[Any, fx.Graph]] = WeakKeyDictionary()  # traced bodies by fake mode
@@ -109,8 +109,6 @@ def _over_lists(op: Op, args: Mapping[str, Any]) -> tuple[fx.Graph, dict[fx.Node
 
 def _traced(op: Op, inputs: Mapping[str, fx.Node], fixed: Mapping[str, Any]) -> fx.Graph:
     """The body in aten for arguments of these shapes, under the fake mode and with the symbolic sizes of the graph."""
-    from torch._inductor.decomposition import select_decomp_table
-
     fakes = {k: fake(n) for k, n in inputs.items()}
     mode = detect_fake_mode(list(fakes.values()))
     assert mode is not None
@@ -122,7 +120,7 @@ def _traced(op: Op, inputs: Mapping[str, fx.Node], fixed: Mapping[str, Any]) -> 
             return op.reference(**fixed, **dict(zip(inputs, values, strict=True)))
 
         with mode:
-            graph = make_fx(call, decomposition_table=select_decomp_table())(*fakes.values()).graph
+            graph = make_fx(call, decomposition_table=decompositions())(*fakes.values()).graph
         for node in graph.nodes:
             node.meta.clear()  # fake values would keep their mode, the cache's key, alive
         bodies[key] = graph

@@ -24,7 +24,7 @@ def _detect(device: str, world: int) -> Target:
         return Target(device, world=world)
     major, minor = torch.cuda.get_device_capability()
     backends = {"reference", "nccl", "torch"}
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python")):
         if importlib.util.find_spec(name) is not None:
             backends.add(name)
