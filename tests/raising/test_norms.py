@@ -114,3 +114,20 @@ NEAR_MISSES = {
 def test_near_miss(reason: str) -> None:
     found = raised(NEAR_MISSES[reason], rows(torch.bfloat16), weight(torch.bfloat16))
     assert found.reasons == [reason] and not found.named("rms_norm")
+
+
+def test_heads_before_tokens() -> None:
+    """Gemma3 normalises its heads after it has put them before the tokens; the norm moves above the transposition."""
+    (norm,) = raised(
+        lambda x, w: (unit(x.view(2, -1, 4, HIDDEN).transpose(1, 2)) * (1.0 + w.float())).to(x.dtype),
+        torch.randn(2, 24, 4 * HIDDEN).bfloat16(),
+        weight(torch.bfloat16),
+        dynamic=1,
+    ).named("rms_norm")
+    assert norm["x"].meta["val"].is_contiguous() and norm["weight_bias"] == 1.0
+
+
+def test_other_strides() -> None:
+    """A result that lies otherwise in memory than the operator's is left alone."""
+    found = raised(lambda x, w: unit(x.t().contiguous().t()) * w, rows(torch.float32), weight(torch.float32))
+    assert found.reasons == ["strides"]

@@ -16,7 +16,7 @@ from torch import fx
 from tpfuse.ir.norm import Rounding
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.emit import DECLINE, substitute
+from tpfuse.rewrite.emit import DECLINE, emit, erase_dead, substitute
 from tpfuse.rewrite.match import (
     ADDS,
     MULS,
@@ -175,8 +175,17 @@ def _raise_product(found: Statistics, root: fx.Node, user: fx.Node) -> Decline |
 
 
 def _substitute(found: Statistics, out: fx.Node, weight: Weight | None, rounding: Rounding) -> Decline | None:
-    node, bias = (weight.node, float(weight.bias)) if weight else (None, 0.0)
-    done = substitute(out, registry["rms_norm"].default, (found.x, node, found.eps, bias, str(rounding)))
+    rms_norm = registry["rms_norm"].default
+    attributes = (weight.node if weight else None, found.eps, float(weight.bias) if weight else 0.0, str(rounding))
+    done = substitute(out, rms_norm, (found.x, *attributes))
+    if isinstance(done, Decline) and is_call(found.x, aten.permute.default):
+        x, order = found.x.args
+        if order[-1] in (-1, len(order) - 1):  # rows change places and stay whole: as well before as after the norm
+            with out.graph.inserting_before(out):
+                norm = emit(out.graph, rms_norm, (x, *attributes), like=out)
+            done = substitute(out, aten.permute.default, (norm, order))
+            if isinstance(done, Decline):
+                erase_dead(norm)
     return done if isinstance(done, Decline) else None
 
 
