@@ -1,0 +1,332 @@
+"""Quantisations spelled in aten → tpfuse.quantize, anchored on the conversion to FP8.
+
+Exact: the scheme's variants say how the model spelled it (`tpfuse.formats.Scheme`), and a chain whose arithmetic the codec
+would not repeat bit for bit is declined.  A scale that a model computes from all tokens stays in the graph as it is: it is the
+given scale of "fp8_tensor".
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from tpfuse.formats import Scheme, apply_layout
+from tpfuse.formats.scheme import FP8_MAX
+from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
+from tpfuse.raising.quants_nvfp4 import raise_nvfp4
+from tpfuse.raising.quants_emit import emit_quantize, finish
+from tpfuse.report import Decline, Event
+from tpfuse.rewrite.emit import DECLINE
+from tpfuse.rewrite.match import (
+    MULS, VIEWS, aten, cast_source, constant, is_call, is_tensor, operands, peel_widening, reduces_last, same, same_shape, tensor,
+    times_constant,
+)  # fmt: skip
+from tpfuse.rewrite.site import site_of
+
+E4M3 = torch.float8_e4m3fn
+_OTHER_FP8 = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+_DIVS = (aten.div.Tensor, aten.div.Scalar)
+_MOVES = (*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+_BOUNDS = {
+    aten.clamp_min.default: "low", aten.clamp_min.Tensor: "low", aten.maximum.default: "low",
+    aten.clamp_max.default: "high", aten.clamp_max.Tensor: "high", aten.minimum.default: "high",
+}  # fmt: skip
+_GROUPS = (128, 64)
+
+
+@dataclass
+class Dynamic:
+    """A scale computed from the rows that it scales.  of: what the absolute maximum is of.  holder: the node that holds the
+    scale, of the dtype it is used in.  options: variants of the scheme."""
+
+    of: fx.Node
+    holder: fx.Node
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def raise_quants(graph: fx.Graph) -> list[Event]:
+    """Raise every conversion to FP8 or NVFP4 of something scaled; what is left of them is declined with its reason."""
+    events = []
+    for raiser in (raise_nvfp4, _raise):
+        for node in list(graph.nodes):
+            if node._erased or DECLINE in node.meta or cast_source(node) is None or not is_tensor(node):
+                continue
+            if tensor(node).dtype in _OTHER_FP8:
+                declined = Decline("fp8_dtype", f"the model quantises to {tensor(node).dtype}, not to float8_e4m3fn")
+            elif tensor(node).dtype == E4M3:
+                declined = raiser(node)
+            else:
+                continue
+            if declined is not None:
+                node.meta[DECLINE] = declined
+                events.append(Event("declined", "quantize", site_of(node), reason=declined))
+    return events
+
+
+def _raise(cast: fx.Node) -> Decline | None:
+    found = _unclamped(cast)
+    if isinstance(found, Decline):
+        return found
+    quotient, options = found
+    if not is_call(quotient, *_DIVS, *MULS) or quotient.kwargs:
+        return Decline("not_scaled", f"{quotient.name} is converted without a scale: no division, no product")
+    pairs = [quotient.args[:2]] if is_call(quotient, *_DIVS) else list(operands(quotient))
+    declined: Decline | None = None
+    for value, factor in pairs:
+        if not is_tensor(value) or not same_shape(tensor(value), tensor(quotient)):
+            continue
+        result = _raise_scaled(cast, quotient, value, factor, options)
+        if result is None:
+            return None
+        declined = declined or result
+    return declined or Decline("scale_shape", "neither operand of the quotient has the shape of the result")
+
+
+def _unclamped(cast: fx.Node) -> tuple[fx.Node, dict[str, bool]] | Decline:
+    """What is clamped to ±448 (or not at all) and converted, widening casts and round trips looked through."""
+    bounds: dict[str, float] = {}
+    node, narrow = cast.args[0], None
+    while True:
+        if (source := cast_source(node)) is not None:
+            if _narrows(node):
+                narrow = tensor(node).dtype  # type: ignore[arg-type]
+            node = source
+        elif (bound := _bound(node)) is not None:
+            bounds[bound[0]] = bound[1]
+            node = node.args[0]  # type: ignore[union-attr]
+        else:
+            break
+    if narrow is not None and tensor(node).dtype != narrow:  # type: ignore[arg-type]
+        return Decline("rounding", f"the quotient is rounded to {narrow} before the conversion")
+    if bounds and bounds != {"low": -FP8_MAX, "high": FP8_MAX}:
+        limits = f"{bounds.get('low', '-inf')} … {bounds.get('high', 'inf')}"
+        return Decline("clamp_bounds", f"values are clamped to {limits}, not to ±448")
+    return node, {} if bounds else {"unclamped": True}  # type: ignore[return-value]
+
+
+def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any, options: dict[str, Any]) -> Decline | None:
+    """Raise value / factor or value · factor, converted at `cast`."""
+    x = peel_widening(value)
+    if tensor(quotient).dtype != torch.float32:
+        if tensor(quotient).dtype != tensor(x).dtype:
+            return Decline("rounding", f"the quotient is formed in {tensor(quotient).dtype}")
+        options = {**options, "low_value": True}
+    divides = is_call(quotient, *_DIVS)
+    dynamic = _dynamic(factor, divides)
+    if isinstance(dynamic, Dynamic) and same_value(dynamic.of, x):
+        return _raise_dynamic(cast, x, dynamic, options)
+    if constant(factor) is None and not _is_scalar(factor):
+        if isinstance(dynamic, Dynamic):
+            return Decline("other_scale", f"the scale is of {dynamic.of.name}, which is not what is quantised")
+        return dynamic
+    if not divides:
+        inner = _reciprocal(factor)
+        options = {**options, "mul": True} if inner is None else {**options, "reciprocal": True}
+        factor = factor if inner is None else inner
+    return finish(*emit_quantize([cast], x, factor, Scheme("fp8_tensor", **options), "row"), [cast], x)
+
+
+def _raise_dynamic(cast: fx.Node, x: fx.Node, dynamic: Dynamic, options: dict[str, Any]) -> Decline | None:
+    """Raise x quantised by a scale of its own rows; x may be a view into groups."""
+    low = tensor(x).dtype
+    ue8m0 = dynamic.options.pop("ue8m0", False)
+    scheme, layout = Scheme("fp8_token", **dynamic.options, **options), "row+ue8m0" if ue8m0 else "row"
+    if low == torch.float32:
+        scheme = replace(scheme, low_scale=False, low_value=False)
+    whole = x
+    if is_call(x, *VIEWS):
+        whole = x.args[0]
+        source, last = tensor(whole).shape[-1], tensor(x).shape[-1]
+        if same(source, last):
+            whole = x
+        elif tensor(x).dim() < 2 or not same(source, tensor(x).shape[-2] * last):
+            return Decline("group_size", f"groups of {last} are cut across rows of {source}")
+        elif last not in _GROUPS:
+            return Decline("group_size", f"groups of {last}; there are schemes for groups of {' and '.join(map(str, _GROUPS))}")
+        else:
+            scheme = replace(scheme, name=f"fp8_group{last}")
+            whole = peel_widening(whole)
+    if ue8m0 and scheme.name == "fp8_token":
+        return Decline("scale_spelling", "scales per token are rounded to powers of two")
+    held = dynamic.holder
+    if scheme.group:
+        layout, held = _layout(held, layout, tensor(whole).shape[-1], scheme)
+    return finish(*emit_quantize([cast, held], whole, None, scheme, layout), [cast, held], whole)
+
+
+def _layout(holder: fx.Node, layout: str, cols: int, scheme: Scheme) -> tuple[str, fx.Node]:
+    """The layout into which the scales are moved before they are used, and the node that holds them so."""
+    rows = [n for n in reachable(holder, 12) if tensor(n).dim() == 2 and tensor(n).dtype in (torch.float32, torch.int32)]
+    flags = ("+ue8m0", "+ue8m0_packed") if "ue8m0" in layout else ("",)
+    names = [base + flag for base in ("col+tma", "col") for flag in flags] + ["row+ue8m0_packed"] * (len(flags) - 1)
+    groups = cols // scheme.group
+    if cols % scheme.group:
+        return layout, holder
+    for end in reversed(rows):
+        for name in names:
+            if agrees(holder, end, functools.partial(_moves, holder, name, groups)):
+                return name, end
+    return layout, holder
+
+
+def _moves(holder: fx.Node, layout: str, groups: int, nodes: list[fx.Node], count: int) -> bool | None:
+    """Whether a piece moves the scales of `holder` into a layout, strides too."""
+    shape = sizes_for(holder, count)
+    scales = torch.ldexp(torch.ones(shape), (torch.arange(torch.Size(shape).numel()) % 200 - 100).view(shape))
+    want = apply_layout(scales.reshape(-1, groups), layout)
+    got = run(nodes, holder, scales, count)
+    return None if got is None else same_bits(got, want) and got.stride() == want.stride()
+
+
+def _dynamic(factor: Any, divides: bool) -> Dynamic | Decline:
+    """A factor as the scale of rows: max(amax / 448, eps) and its spellings."""
+    unknown = Decline("scale_spelling", "the scale is neither one number nor max(amax / 448, eps) of the rows")
+    if not is_tensor(factor):
+        return unknown
+    options: dict[str, Any] = {}
+    node = _moved(factor)
+    if not divides:
+        scaled = times_constant(node)
+        inner = _reciprocal(node if scaled is None or scaled[1] == 1 else scaled[0])
+        if inner is None:
+            return _shape_of(factor) or unknown
+        node = _moved(inner)
+        if scaled is not None and scaled[1] == FP8_MAX:  # x · (448 / amax); the scale itself is another user of amax
+            return _inverse(node) or unknown
+        options["reciprocal"] = True
+    holder = node
+    found = _scale(node, options)
+    return Dynamic(found, holder, options) if isinstance(found, fx.Node) else (_shape_of(factor) or found or unknown)
+
+
+def _scale(node: fx.Node, options: dict[str, Any]) -> fx.Node | Decline | None:
+    """What the maximum is of, for a node that is the scale; its variants are put into `options`."""
+    if is_call(node, aten.exp2.default) and is_call(node.args[0], aten.ceil.default):
+        if not is_call(node.args[0].args[0], aten.log2.default):  # type: ignore[union-attr]
+            return None
+        options.update(log2=True, ue8m0=True)
+        node = _moved(node.args[0].args[0].args[0])  # type: ignore[union-attr]
+    node, bounds, dtype = _clamps(_narrowest(node))
+    if set(bounds) - {"low"}:
+        return None
+    options["eps"] = bounds.get("low", 0.0)
+    if is_tensor(node) and bounds and tensor(_narrowest(node)).dtype != dtype:
+        return Decline("scale_spelling", f"the floor of the scale is in {dtype}, the scale in a narrower dtype")
+    node = _narrowest(node)
+    if not is_call(node, *_DIVS) or constant(node.args[1]) != FP8_MAX:
+        return None
+    options["low_scale"] = tensor(node).dtype != torch.float32
+    return _amax(_moved(node.args[0]), tensor(node).dtype, options)
+
+
+def _amax(node: fx.Node, dtype: torch.dtype, options: dict[str, Any]) -> fx.Node | Decline | None:
+    """What amax, perhaps clamped in `dtype`, is the absolute maximum of."""
+    node, bounds, clamped = _clamps(node)
+    if bounds and clamped != dtype:
+        return Decline("scale_spelling", f"amax is clamped in {clamped}, and divided in {dtype}")
+    options.update({f"amax_{'min' if side == 'low' else 'max'}": bound for side, bound in bounds.items()})
+    node = _narrowest(node)
+    if is_call(node, operator.getitem) and is_call(node.args[0], aten.max.dim) and node.args[1] == 0:
+        node = node.args[0]  # type: ignore[assignment]
+    elif not is_call(node, aten.amax.default):
+        return None
+    of, dims = peel_widening(node.args[0]), node.args[1] if len(node.args) > 1 else None  # type: ignore[arg-type]
+    if not is_call(of, aten.abs.default):
+        return None
+    of = of.args[0]  # type: ignore[assignment]
+    if not reduces_last(dims, of):
+        return Decline("axis", f"the maximum is over dimensions {dims} of {tensor(of).dim()}, not over the last one")
+    return peel_widening(of)
+
+
+def _clamps(node: fx.Node) -> tuple[fx.Node, dict[str, float], torch.dtype]:
+    """What a node is before clamps by constants, their bounds, and the dtype that they are meant in.
+
+    A clamp of a bfloat16 tensor is decomposed into a cast to float32, the clamp and a cast back.
+    """
+    inner: Any = cast_source(node) if cast_source(node) is not None and _narrows(node) else node
+    bounds: dict[str, float] = {}
+    while (bound := _bound(inner)) is not None and bound[0] not in bounds:
+        bounds[bound[0]] = float(bound[1])
+        inner = inner.args[0]
+    if cast_source(node) is not None and _narrows(node):
+        inner = cast_source(inner)
+        if not bounds or inner is None or tensor(inner).dtype != tensor(node).dtype:
+            return node, {}, tensor(node).dtype
+    return _moved(inner), bounds, tensor(node).dtype
+
+
+def _bound(node: Any) -> tuple[str, float] | None:
+    """("low" or "high", c) of a node that is clamped by the constant c."""
+    if is_call(node, *_BOUNDS) and (number := constant(node.args[1])) is not None:
+        return _BOUNDS[node.target], number
+    return None
+
+
+def _narrows(node: Any) -> bool:
+    """Whether a cast may lose bits."""
+    source, own = tensor(cast_source(node)).dtype, tensor(node).dtype  # type: ignore[arg-type]
+    return torch.promote_types(source, own) != own
+
+
+def _inverse(amax: fx.Node) -> Dynamic | Decline | None:
+    """The scale of a model that multiplies by 448 / amax: another user of amax divides it by 448."""
+    options: dict[str, Any] = {"inverse": True, "eps": 0.0}
+    of = _amax(amax, torch.float32, options)
+    if not isinstance(of, fx.Node):
+        return of
+    for user in amax.users:
+        if is_call(user, *_DIVS) and constant(user.args[1]) == FP8_MAX:
+            return Dynamic(of, user, options)
+    return Decline("scale_spelling", "values are multiplied by 448 / amax, and nothing keeps amax / 448")
+
+
+def _reciprocal(node: Any) -> fx.Node | None:
+    """s of 1 / s, a factor of one looked through."""
+    if is_tensor(node) and (scaled := times_constant(node)) is not None and scaled[1] == 1:
+        node = scaled[0]
+    if not is_tensor(node):
+        return None
+    node = _moved(node)
+    return node.args[0] if is_call(node, aten.reciprocal.default) else None
+
+
+def _narrowest(node: fx.Node) -> fx.Node:
+    """The value before widening casts and moves."""
+    while (inner := _moved(peel_widening(node))) is not node:
+        node = inner
+    return node
+
+
+def _moved(node: Any) -> Any:
+    """The value before views that keep every element in its place."""
+    while is_call(node, *_MOVES):
+        node = node.args[0]
+    return node
+
+
+def same_value(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes hold the same elements in the same shape: one is a cast or a copy of the other."""
+    return a is b or (
+        is_call(a, *VIEWS)
+        and is_call(b, *VIEWS)
+        and peel_widening(a.args[0]) is peel_widening(b.args[0])
+        and same_shape(tensor(a), tensor(b))
+    )
+
+
+def _is_scalar(factor: Any) -> bool:
+    return is_tensor(factor) and all(same(n, 1) for n in tensor(factor).shape)
+
+
+def _shape_of(factor: fx.Node) -> Decline | None:
+    """Why a factor's shape alone rules out a scale of rows."""
+    shape = tensor(factor).shape
+    if len(shape) and not same(shape[-1], 1):
+        return Decline("scale_shape", f"the scale has the shape {list(shape)}: it varies along the last dimension")
+    return None
