@@ -1,4 +1,4 @@
-"""Raising: every spelling of a collective, norm, activation or product becomes one operator.  Exact; no hardware."""
+"""Raising: every spelling of a collective, norm, quantisation, product … becomes one operator.  Exact; no hardware."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tpfuse.raising.collectives import raise_collectives
 from tpfuse.raising.matmuls import raise_matmuls
 from tpfuse.raising.norms import raise_norms
 from tpfuse.raising.opaque import name_opaque_collectives
+from tpfuse.raising.quants import raise_quants
 from tpfuse.report import Event
 
 Step = Callable[[fx.Graph], list[Event]]
@@ -23,6 +24,7 @@ STEPS: list[Step] = [
     hoist_views,
     raise_norms,
     raise_activations,
+    raise_quants,
     raise_matmuls,
 ]
 
