@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor, fx
+from torch.fx.node import map_arg
 
 from tpfuse.rewrite.match import is_tensor, tensor
 
@@ -68,7 +69,7 @@ def run(nodes: list[fx.Node], start: fx.Node, value: Tensor, symbols: int) -> Te
                 held = getattr(node.graph.owning_module, str(node.target))
                 values[node] = held.detach().cpu()
                 continue
-            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), real)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), real)
             if "device" in kwargs:
                 kwargs = {**kwargs, "device": "cpu"}
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]

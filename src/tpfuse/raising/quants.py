@@ -18,12 +18,24 @@ from torch import fx
 from tpfuse.formats import Scheme, apply_layout
 from tpfuse.formats.scheme import FP8_MAX
 from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
-from tpfuse.raising.quants_nvfp4 import raise_nvfp4
 from tpfuse.raising.quants_emit import emit_quantize, finish
+from tpfuse.raising.quants_nvfp4 import raise_nvfp4
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE
 from tpfuse.rewrite.match import (
-    MULS, VIEWS, aten, cast_source, constant, is_call, is_tensor, operands, peel_widening, reduces_last, same, same_shape, tensor,
+    MULS,
+    VIEWS,
+    aten,
+    cast_source,
+    constant,
+    is_call,
+    is_tensor,
+    operands,
+    peel_widening,
+    reduces_last,
+    same,
+    same_shape,
+    tensor,
     times_constant,
 )  # fmt: skip
 from tpfuse.rewrite.site import site_of
@@ -286,7 +298,7 @@ def _inverse(amax: fx.Node) -> Dynamic | Decline | None:
     return Decline("scale_spelling", "values are multiplied by 448 / amax, and nothing keeps amax / 448")
 
 
-def _reciprocal(node: Any) -> fx.Node | None:
+def _reciprocal(node: Any) -> Any:
     """s of 1 / s, a factor of one looked through."""
     if is_tensor(node) and (scaled := times_constant(node)) is not None and scaled[1] == 1:
         node = scaled[0]

@@ -19,7 +19,19 @@ from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
 from tpfuse.raising.quants_emit import emit_quantize, finish
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import (
-    MULS, VIEWS, aten, cast_source, constant, is_call, is_tensor, operands, peel_widening, reduces_last, same, tensor, times_constant,
+    MULS,
+    VIEWS,
+    aten,
+    cast_source,
+    constant,
+    is_call,
+    is_tensor,
+    operands,
+    peel_widening,
+    reduces_last,
+    same,
+    tensor,
+    times_constant,
 )  # fmt: skip
 
 _DIVS = (aten.div.Tensor, aten.div.Scalar)
@@ -57,7 +69,7 @@ def raise_nvfp4(cast: fx.Node) -> Decline | None:
     return finish(*emit_quantize([packed, end], x, given, scheme, layout), [packed, end], x)
 
 
-def _given(node: Any) -> tuple[Any, fx.Node | None, bool]:
+def _given(node: Any) -> tuple[Any, Any, bool]:
     """(amax / 6, the global scale or None, whether the scale divides)."""
     if is_call(node, *_DIVS) and is_tensor(node.args[1]):
         return node.args[0], node.args[1], True
@@ -68,8 +80,8 @@ def _given(node: Any) -> tuple[Any, fx.Node | None, bool]:
     return node, None, False
 
 
-def _blocks(amax: Any) -> fx.Node | Decline | None:
-    """The FP32 values in blocks whose absolute maximum this is."""
+def _blocks(amax: Any) -> Any:
+    """The FP32 values in blocks whose absolute maximum this is; a Decline or None where it is of none."""
     if not is_call(amax, aten.amax.default) or not is_call(amax.args[0], aten.abs.default):
         return None
     blocks = amax.args[0].args[0]
