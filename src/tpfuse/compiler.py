@@ -46,6 +46,7 @@ def backend(
     ValueError for a name that neither knows.
     """
     config, patches = _split(options or {})
+    specialise_floats(gm.graph)
     if mode is not None:
         patches = {**shim.mode_options(mode), **patches}
     if report is None:
@@ -55,6 +56,18 @@ def backend(
         _inner, config=config, patches=patches, report=report, fuel=fuel or Fuel(config.fuel)
     )
     return shim.compile_fx(gm, inputs, inner, patches)
+
+
+def specialise_floats(graph: fx.Graph) -> None:
+    """Make constants of the Python floats that `dynamic=True` turned into inputs, a norm's epsilon among them.
+
+    Reading such a float guards it: another value is another graph, as it is without `dynamic=True`.
+    """
+    for node in list(graph.nodes):
+        value = node.meta.get("example_value")
+        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
+            node.replace_all_uses_with(float(value))
+            graph.erase_node(node)
 
 
 class Fuel:
