@@ -15,13 +15,12 @@ from tpfuse import shim
 from tpfuse.config import Config
 from tpfuse.ir import check
 from tpfuse.ir.verify import verify
-from tpfuse.lowering.ranges import UNBOUNDED
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
 from tpfuse.runtime.dispatch import Dispatcher, copy_graph
 from tpfuse.runtime.key import cache_key
 from tpfuse.shim import CustomGraphPass
-from tpfuse.target import Range, Target
+from tpfuse.target import UNBOUNDED, Range, Target
 
 _last: list[Report] = []
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+UNBOUNDED = 2**31 - 1  # the end of a range without one
+
 
 @dataclass(frozen=True, order=True)
 class Range:
-    """Token counts `start` … `end`, both inclusive.  `str` gives ``"1..256"``, or ``"7"`` for a single size."""
+    """Token counts `start` … `end`, both inclusive.
+
+    `str` gives "1..256", "257.." where there is no upper bound, "7" for a single size.
+    """
 
     start: int
     end: int
@@ -25,7 +30,7 @@ class Range:
         return self.start == self.end
 
     def __str__(self) -> str:
-        return str(self.start) if self.single else f"{self.start}..{self.end}"
+        return str(self.start) if self.single else f"{self.start}..{'' if self.end == UNBOUNDED else self.end}"
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,9 @@ def _closest(
         names = sorted({str(u.target) for u in users})
         return wanted[0].name, Decline("no_norm", f"no norm follows; it is used by {', '.join(names) or 'nothing'}")
     mismatch = [(r, d) for r, d in declines.get(node, []) if r in wanted]
-    if mismatch:  # the last is that of the shortest pattern, all optional steps left out
-        rule, reason = mismatch[-1]
+    if mismatch:  # of one rule, the last is that of the shortest pattern, all optional steps left out
+        first = next((r.name for r, _ in mismatch if r.op.collective), mismatch[0][0].name)
+        rule, reason = [(r, d) for r, d in mismatch if r.name == first][-1]
         return rule.name, Decline("no_collective" if rule.op.collective else "no_producer", reason.detail)
     return wanted[0].name, Decline("no_consumer", f"it is used by {', '.join(str(u.target) for u in users) or 'nothing'}")
 

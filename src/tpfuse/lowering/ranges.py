@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tpfuse.target import Range
-
-UNBOUNDED = 2**31 - 1
+from tpfuse.target import UNBOUNDED, Range
 
 
 def plan_ranges(

@@ -19,13 +19,13 @@ from tpfuse.config import PASSES, Config
 from tpfuse.fusion import fuse
 from tpfuse.ir.op import find
 from tpfuse.ir.verify import verify
-from tpfuse.lowering.ranges import UNBOUNDED, plan_ranges
+from tpfuse.lowering.ranges import plan_ranges
 from tpfuse.lowering.select import Targets, final_operators, lower, schedule
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect
 from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
-from tpfuse.target import Range
+from tpfuse.target import UNBOUNDED, Range
 
 log = logging.getLogger("tpfuse")
 _graphs = itertools.count()
