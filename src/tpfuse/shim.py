@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import SymInt, Tensor
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-__all__ = ["CustomGraphPass", "FakeTensor", "FakeTensorMode", "OpOverload", "ShapeEnv", "detect_fake_mode"]
+__all__ = ["CustomGraphPass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "ShapeEnv", "detect_fake_mode"]
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:

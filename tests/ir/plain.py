@@ -1,7 +1,7 @@
 """Each operator spelled in plain torch on FP64, written apart from the operators' own bodies.
 
-`SPELLINGS[name](args, total)`: args by name, floating tensors in FP64; total(x) sums x over the ranks, total.parts(x) lists them.  Gives the results in
-the operator's order; quantised results are given back as the values they stand for.
+`SPELLINGS[name](args, total)`: args by name, floating tensors in FP64; total(x) sums x over the ranks, total.parts(x) lists
+them.  Gives the results in the operator's order; quantised results are given back as the values they stand for.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def fakes_match(rank, world):
             for r, f in zip(real, fake, strict=True):
                 have = ([int(s) for s in f.shape], [int(s) for s in f.stride()], f.dtype)
                 assert have == (list(r.shape), list(r.stride()), r.dtype), f"{op.name} {shape}: {have}"
-            storages = [t.untyped_storage().data_ptr() for t in (*real, *tree_leaves(args)) if isinstance(t, Tensor) and t.numel()]
+            tensors = [t for t in (*real, *tree_leaves(args)) if isinstance(t, Tensor) and t.numel()]
+            storages = [t.untyped_storage().data_ptr() for t in tensors]
             assert len(set(storages)) == len(storages), f"{op.name}: a result shares memory with another tensor"
     return True
 

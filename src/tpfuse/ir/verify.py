@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from tpfuse.ir.op import find
 from tpfuse.shim import detect_fake_mode
@@ -16,7 +17,7 @@ def verify(graph: fx.Graph, stage: str) -> None:
         op = find(node.target)
         if op is None:
             continue
-        args = fx.node.map_arg(node.args, lambda a: a.meta["val"])
+        args = map_arg(node.args, lambda a: a.meta["val"])
         mode = detect_fake_mode(args)
         assert mode is not None
         with mode:

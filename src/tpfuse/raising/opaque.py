@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
 from tpfuse.ir.op import NAMESPACE
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.site import site_of
+from tpfuse.shim import HigherOrderOperator, OpOverload
 
 _KNOWN = {"aten", "prims", "_c10d_functional", "prim", "inductor", NAMESPACE}
 # An argument that names a process group: "group", "group_name", "tp_group", "process_group", "pg" …
@@ -35,11 +35,11 @@ def _hidden(node: fx.Node) -> Iterator[tuple[str, str]]:
     if node.op != "call_function":
         return
     for call in (node.target, *node.args):  # auto_functionalized has the operator for its first argument
-        if isinstance(call, torch._ops.OpOverload) and call.namespace not in _KNOWN:
+        if isinstance(call, OpOverload) and call.namespace not in _KNOWN:
             group = _group_argument(call)
             if group is not None:
                 yield _name(call), f"it takes a process group ({group}), so it may hold a collective that rules cannot see"
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         for body in _bodies(node):
             found = sorted({_name(n.target) for n in _calls(body) if getattr(n.target, "namespace", "") == "_c10d_functional"})
             found = [name for name in found if not name.endswith("wait_tensor")]
@@ -47,7 +47,7 @@ def _hidden(node: fx.Node) -> Iterator[tuple[str, str]]:
                 yield node.target.name(), f"its body holds {', '.join(found)}; compile without it to let rules see them"
 
 
-def _group_argument(call: torch._ops.OpOverload) -> str | None:
+def _group_argument(call: OpOverload) -> str | None:
     for argument in call._schema.arguments:
         if _GROUP.match(argument.name) and str(argument.type).removeprefix("Optional[").removesuffix("]") in _GROUP_TYPES:
             return argument.name
@@ -72,4 +72,4 @@ def _calls(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _name(call: Any) -> str:
-    return call._schema.name.replace("::", ".") if isinstance(call, torch._ops.OpOverload) else str(call)
+    return call._schema.name.replace("::", ".") if isinstance(call, OpOverload) else str(call)

@@ -16,6 +16,7 @@ from torch import SymInt, Tensor, fx
 from torch.fx.node import map_arg
 
 from tpfuse.rewrite.match import is_tensor, tensor
+from tpfuse.shim import OpOverload
 
 _PURE = ("aten", "prims")
 
@@ -106,7 +107,7 @@ def _is_pure(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return True
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.namespace in _PURE and not target._schema.is_mutable
+    return isinstance(target, OpOverload) and target.namespace in _PURE and not target._schema.is_mutable
 
 
 def _number(size: Any, symbols: int) -> int:
