@@ -44,3 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def group() -> Iterator[str]:
+    """The name of a process group of two ranks, of which this process is the first and the other does not exist: its
+    collectives move nothing.  Enough for graphs; values over ranks are tested where there are ranks."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield dist.group.WORLD.group_name
+    dist.destroy_process_group()

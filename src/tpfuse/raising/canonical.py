@@ -42,11 +42,11 @@ def canonicalise(graph: fx.Graph) -> list[Event]:
     for node in list(graph.nodes):
         if node._erased or node.op != "call_function":
             continue
+        if is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
+            node = _fold_view(node)
         if _is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             erase_dead(node)
-        elif is_call(node, *VIEWS) and is_call(node.args[0], *VIEWS):
-            _fold_view(node)
         elif is_call(node, aten.cat.default):
             _fold_split(node)
     _join(graph)
@@ -71,9 +71,10 @@ def _escapes(node: fx.Node) -> bool:
     )
 
 
-def _fold_view(node: fx.Node) -> None:
-    """A view of a view is a view."""
-    substitute(node, aten.reshape.default, (node.args[0].args[0], node.args[1]))
+def _fold_view(node: fx.Node) -> fx.Node:
+    """A view of a view is a view.  Returns the node that holds the value now."""
+    folded = substitute(node, aten.reshape.default, (node.args[0].args[0], node.args[1]))  # type: ignore[union-attr]
+    return node if isinstance(folded, Decline) else folded
 
 
 def _fold_split(cat: fx.Node) -> None:

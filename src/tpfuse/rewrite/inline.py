@@ -32,7 +32,8 @@ def inline(graph: fx.Graph, node: fx.Node, op: Op) -> list[fx.Node]:
     placeholders = dict(zip(body.find_nodes(op="placeholder"), inputs.values(), strict=True))
     new = _copy(graph, node, body, placeholders, lambda inner, values: False)
     for wait in [n for n in new if n.target is _wait]:
-        min(wait.users).prepend(wait)
+        if wait.users:
+            min(wait.users).prepend(wait)
     return new
 
 
