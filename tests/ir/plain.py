@@ -67,6 +67,18 @@ def quantised(inner):
     return spelling
 
 
+def turn(x, a):
+    """Halves of each head as complex numbers, times e^(i·angle)."""
+    half = x.shape[-1] // 2
+    table = torch.complex(a["cos"], a["sin"])[..., :half].unsqueeze(-2)
+    turned = torch.complex(x[..., :half], x[..., half:]) * table
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def norm_and_turn(a, total):
+    return tuple(turn(norm(a[x], a[f"{x}_weight"], a["eps"], a["weight_bias"]), a) for x in ("q", "k"))
+
+
 SPELLINGS = {
     "all_reduce": lambda a, total: total(a["x"]),
     "reduce_scatter": lambda a, total: total(a["x"]).chunk(total.world)[total.rank],
@@ -75,6 +87,8 @@ SPELLINGS = {
     "add_rms_norm": add_norm,
     "act_and_mul": activation,
     "matmul": product,
+    "rotary": lambda a, total: (turn(a["q"], a), turn(a["k"], a)),
+    "qk_norm_rope": norm_and_turn,
     "quantize": lambda a, total: (saturate(a, a["x"]), None),
     "all_reduce_rms_norm": reduce_norm,
     "all_reduce_add_rms_norm": reduce_add_norm,

@@ -106,7 +106,7 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
     events = []
     for node in graph.nodes:
         op = find(node.target)
-        if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul"):
+        if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul", "rotary", "attention"):
             continue
         rule, reason = _closest(node, op, active, declines)
         events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}, node=node.name))

@@ -13,6 +13,7 @@ from tpfuse.raising.matmuls import raise_matmuls
 from tpfuse.raising.norms import raise_norms
 from tpfuse.raising.opaque import name_opaque_collectives
 from tpfuse.raising.quants import raise_quants
+from tpfuse.raising.rope import raise_rotary
 from tpfuse.report import Event
 
 Step = Callable[[fx.Graph], list[Event]]
@@ -23,6 +24,7 @@ STEPS: list[Step] = [
     name_opaque_collectives,
     hoist_views,
     raise_norms,
+    raise_rotary,
     raise_activations,
     raise_quants,
     raise_matmuls,

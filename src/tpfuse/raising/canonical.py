@@ -34,7 +34,8 @@ _ALIASING = (
     aten.slice.Tensor,
     operator.getitem,
 )
-_JOINED = (*VIEWS, prims.convert_element_type.default, aten._to_copy.default, aten.permute.default, aten.sym_size.int)
+_CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+_JOINED = (*VIEWS, *_CASTS, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor, aten.sym_size.int)
 
 
 def canonicalise(graph: fx.Graph) -> list[Event]:
