@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from tpfuse.ir.op import op
 from tpfuse.ir.samples import rows
 
 E4M3 = torch.float8_e4m3fn
+# How to call again the operator of an engine that a product was raised from, by `origin` without its options.
+origins: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {}
 NATIVE = ("fp8_tensor", "fp8_token")  # the schemes that aten._scaled_mm multiplies on every device
 
 
@@ -69,13 +72,13 @@ def scaled_sample(**shape: Any) -> dict[str, Any]:
     return {
         "x": q, "weight": w, "x_scale": x_scale, "weight_scale": w_scale, "bias": bias, "result_scale": None, "alpha": alpha,
         "scheme": scheme, "layout": layout, "weight_layout": "swizzled_128x4" if scheme == "nvfp4" else "row",
-        "out_dtype": "bfloat16", "fast_accum": False,
+        "out_dtype": "bfloat16", "fast_accum": False, "origin": "",
     }  # fmt: skip
 
 
 def _scaled_fake(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, result_scale: Tensor | None,
-    alpha: Tensor | None, scheme: str, layout: str, weight_layout: str, out_dtype: str, fast_accum: bool,
+    alpha: Tensor | None, scheme: str, layout: str, weight_layout: str, out_dtype: str, fast_accum: bool, origin: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty([*x.shape[:-1], weight.shape[1]], dtype=getattr(torch, out_dtype))
 
@@ -84,7 +87,7 @@ def _scaled_fake(
 def scaled_matmul(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None,
     result_scale: Tensor | None = None, alpha: Tensor | None = None, scheme: str = "fp8_tensor", layout: str = "row",
-    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False,
+    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, origin: str = "",
 ) -> Tensor:  # fmt: skip
     """(dequantised x @ dequantised weight) · alpha (+ bias), summed in FP32 → [tokens, n] of `out_dtype`.
 
@@ -97,11 +100,22 @@ def scaled_matmul(
     1 / (the two global scales' product).
     bias: [n] or None, added once.  result_scale: of an e4m3 result, as `aten._scaled_mm` has it.
     layout, weight_layout: see `tpfuse.formats`.  out_dtype: "bfloat16", "float16", "float32", "float8_e4m3fn".
+    origin: the engine's operator that the model calls, with its own options ("vllm::flashinfer_mm_fp4?backend=cutlass"):
+    unfused, it is called again.  "": aten's.
     """
+    wide = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
+    if origin and wide == torch.float32:
+        return origins[origin.partition("?")[0]](
+            {
+                "x": x, "weight": weight, "x_scale": x_scale, "weight_scale": weight_scale, "bias": bias,
+                "result_scale": result_scale, "alpha": alpha, "scheme": scheme, "layout": layout,
+                "weight_layout": weight_layout, "out_dtype": getattr(torch, out_dtype), "fast_accum": fast_accum,
+                **dict(option.split("=") for option in origin.partition("?")[2].split("&") if option),
+            }
+        )  # fmt: skip
     if scheme in NATIVE and x.dtype == E4M3 and alpha is None:
         out = getattr(torch, out_dtype)
         return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, result_scale, out, fast_accum)
-    wide = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
     y = _rows_value(x, x_scale, scheme, layout, wide) @ _weight_value(weight, weight_scale, scheme, weight_layout, wide)
     y = y if alpha is None else y * alpha.to(wide)
     y = y if bias is None else y + bias.to(wide)

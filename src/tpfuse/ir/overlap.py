@@ -10,7 +10,7 @@ from tpfuse.ir.collective import all_gather, all_gather_quantized, reduce_scatte
 from tpfuse.ir.matmul import matmul, matmul_sample, scaled_matmul, scaled_sample
 from tpfuse.ir.op import op
 
-_SCALED = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum")
+_SCALED = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
 
 def _scatter_sample(**shape: Any) -> dict[str, Any]:
@@ -54,12 +54,12 @@ def matmul_reduce_scatter(
 def scaled_matmul_reduce_scatter(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None,
     result_scale: Tensor | None = None, alpha: Tensor | None = None, scheme: str = "fp8_tensor", layout: str = "row",
-    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, padded: bool = False,
-    group: str = "",
+    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, origin: str = "",
+    padded: bool = False, group: str = "",
 ) -> Tensor:  # fmt: skip
     """`scaled_matmul`, summed over the ranks, own rows only → [⌈rows / world⌉, n] of `out_dtype`."""
     y = scaled_matmul(
-        x, weight, x_scale, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum
+        x, weight, x_scale, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum, origin
     )
     return reduce_scatter(y, group, padded)
 
@@ -83,8 +83,8 @@ def all_gather_matmul(
 def all_gather_scaled_matmul(
     x: Tensor, x_scale: Tensor, weights: list[Tensor], weight_scales: list[Tensor], biases: list[Tensor | None],
     result_scales: list[Tensor | None], alphas: list[Tensor | None], scheme: str = "fp8_tensor", layout: str = "row",
-    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, rows: int | None = None,
-    keep: bool = False, group: str = "",
+    weight_layout: str = "row", out_dtype: str = "bfloat16", fast_accum: bool = False, origin: str = "",
+    rows: int | None = None, keep: bool = False, group: str = "",
 ) -> list[Tensor]:  # fmt: skip
     """The quantised rows of all ranks, with their scales by `layout`, times each quantised weight (see `scaled_matmul`).
 
@@ -100,7 +100,8 @@ def all_gather_scaled_matmul(
         kept = [q, scales]
     products = [
         scaled_matmul(
-            q, weight, scales, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum
+            q, weight, scales, weight_scale, bias, result_scale, alpha, scheme, layout, weight_layout, out_dtype, fast_accum,
+            origin,
         )
         for weight, weight_scale, bias, result_scale, alpha in zip(
             weights, weight_scales, biases, result_scales, alphas, strict=True
