@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from tpfuse.ir import check
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
-from tpfuse.runtime.dispatch import Dispatcher, copy_graph
+from tpfuse.runtime.dispatch import Dispatcher
 from tpfuse.runtime.key import cache_key
 from tpfuse.shim import CustomGraphPass
 from tpfuse.target import UNBOUNDED, Range, Target
@@ -173,10 +174,10 @@ def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
 def explain(
     model: Callable[..., Any], *args: Any, config: Config | None = None, target: Target | None = None, **kwargs: Any
 ) -> Report:
-    """What would happen to a model on `target`, without compiling or running a kernel: the graph is captured, raised, fused
-    and lowered for every range, and the model runs unfused once on the inputs.
+    """What would happen to a model on `target`, without compiling or running anything: the graph is captured, raised, fused
+    and lowered for every range, and its results are taken to be zeros.
 
-    model, args, kwargs: as for a call; meta tensors will do.  A process group of torch's "fake" back end stands in for
+    model, args, kwargs: as for a call; meta tensors and a model on the meta device will do.  A process group of torch's "fake" back end stands in for
     ranks.  target: None means this machine.
     """
     report = Report()
@@ -185,21 +186,53 @@ def explain(
     targets = None if target is None else lambda group: replace(target, world=shim.resolve_group(group).size() if group else 1)
 
     def planner(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
-        unfused = fx.GraphModule(gm, copy_graph(gm.graph))
+        outputs = shim.pytree_leaves(gm.graph.find_nodes(op="output")[0].args)
+        zeros = [_zeros(n.meta["val"]) if isinstance(n, fx.Node) else n for n in outputs]
         report.shared.extend(raise_graph(gm.graph))
         verify(gm.graph, "raise")
         dispatcher = Dispatcher(gm, inner, config, {}, report, Fuel(config.fuel), targets)
         for limits in dispatcher.ranges:
             _, result, _ = dispatcher.plan(limits)
             report.add(result)
-        return shim.boxed(unfused.forward)
+        return shim.boxed(lambda *_: tuple(zeros))
 
     def whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        specialise_floats(gm.graph)
         return shim.compile_fx(gm, inputs, planner, {})
 
-    with torch.no_grad():
+    args, kwargs = shim.tree_map_tensors(_off_meta, (args, kwargs))
+    with torch.no_grad(), _weights_off_meta(model):
         torch.compile(model, backend=whole, dynamic=True)(*args, **kwargs)
     return report
+
+
+def _zeros(value: Any) -> Any:
+    """A real value of a fake one's size, with no more memory than one element."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros((), dtype=value.dtype).expand([int(s) for s in value.shape])
+    return int(value) if isinstance(value, torch.SymInt) else value
+
+
+def _off_meta(value: torch.Tensor) -> torch.Tensor:
+    return _zeros(value) if value.is_meta else value
+
+
+@contextlib.contextmanager
+def _weights_off_meta(model: Any) -> Iterator[None]:
+    """Inside, weights on the meta device (which Inductor treats apart) are one-element zeros, expanded."""
+    taken: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is not None and value.is_meta:
+                    taken.append((store, name, value))
+                    zeros = _zeros(value)
+                    store[name] = torch.nn.Parameter(zeros, False) if store is module._parameters else zeros
+    try:
+        yield
+    finally:
+        for store, name, value in taken:
+            store[name] = value
 
 
 class InductorPass(CustomGraphPass):

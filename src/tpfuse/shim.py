@@ -85,6 +85,16 @@ def symbols_of(value: Any) -> list[Any]:
     return sorted(found, key=str)
 
 
+def traced_sizes(placeholders: Sequence[Any]) -> dict[Any, int]:
+    """{symbol: the value it had when the graph was traced}."""
+    sizes: dict[Any, int] = {}
+    for value in placeholders:
+        for part in (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,):
+            if isinstance(part, SymInt) and part.node.expr.is_Symbol:
+                sizes[part.node.expr] = part.node.hint
+    return sizes
+
+
 def expression(value: Any) -> Any:
     """The sympy expression of a SymInt; an int as it is."""
     return value.node.expr if isinstance(value, SymInt) else value
@@ -129,3 +139,11 @@ def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     from torch._functorch.aot_autograd import make_boxed_func
 
     return make_boxed_func(function)
+
+
+def pytree_leaves(tree: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(tree)
+
+
+def tree_map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    return torch.utils._pytree.tree_map_only(Tensor, function, tree)

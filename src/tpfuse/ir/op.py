@@ -3,6 +3,7 @@ fake, the rule that finds it, the unfused path, the oracle of its tests and its 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -32,12 +33,14 @@ class Kernel:
     backend: the name that preferences and tables use.  launch: "module:function", imported when first picked.
     supports(args, target): None, or why this kernel cannot serve these arguments.
     algorithm: tells two kernels of one back end apart ("one_shot").
+    prepare: "module:function", called as f(group, max_tokens, hidden, dtypes) by all ranks before the kernel's first call, or "".
     """
 
     backend: str
     launch: str
     supports: Callable[[Args, Target], Decline | None]
     algorithm: str = ""
+    prepare: str = ""
 
     @property
     def name(self) -> str:
@@ -129,17 +132,22 @@ class Op:
         return dict(bound.arguments)
 
     def kernel(
-        self, backend: str, launch: str, supports: Callable[[Args, Target], Decline | None], algorithm: str = ""
+        self,
+        backend: str,
+        launch: str,
+        supports: Callable[[Args, Target], Decline | None],
+        algorithm: str = "",
+        prepare: str = "",
     ) -> None:
-        """Register a kernel; the module in `launch` is imported only when the kernel is first picked."""
-        self.kernels.append(Kernel(backend, launch, supports, algorithm))
+        """Register a kernel; its modules are imported only when it is first picked.  See `Kernel`."""
+        self.kernels.append(Kernel(backend, launch, supports, algorithm, prepare))
+
+    def find_kernel(self, name: str) -> Kernel:
+        return next(k for k in self.kernels if k.name == name)
 
     def launcher(self, name: str) -> Callable[..., Any]:
-        kernel = next(k for k in self.kernels if k.name == name)
-        if kernel.backend == "reference":
-            return self._reference_alive
-        module, function = kernel.launch.split(":")
-        return getattr(importlib.import_module(module), function)
+        kernel = self.find_kernel(name)
+        return self._reference_alive if kernel.backend == "reference" else load(kernel.launch)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
         own, name, living = self._own(args, kernel, alive)
@@ -191,6 +199,13 @@ def op(
         return declared
 
     return declare
+
+
+@functools.cache
+def load(path: str) -> Callable[..., Any]:
+    """The function named "module:function"."""
+    module, function = path.split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def find(target: Any) -> Op | None:

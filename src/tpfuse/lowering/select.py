@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tpfuse.ir.op import Kernel, Op, find
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse
-from tpfuse.rewrite.order import ORDER, is_collective
+from tpfuse.rewrite.order import is_collective
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import detect_fake_mode
 from tpfuse.target import Target
@@ -29,8 +30,7 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
     while pending:
         node = pending.pop(0)
         op = find(node.target)
-        assert op is not None
-        if op.fuse in (None, "always"):
+        if op is None or op.fuse in (None, "always"):
             continue
         args = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in op.bind(node.args, node.kwargs).items()}
         found = pick(op, args, targets(args.get("group")), preference)
@@ -127,9 +127,34 @@ def schedule(graph: fx.Graph, ranks: Callable[[str], tuple[int, ...]]) -> dict[s
     return plans
 
 
+@dataclass
+class Need:
+    """What the kernels of one group want prepared: the widest rows, the dtypes, by what."""
+
+    hidden: int = 0
+    dtypes: set[torch.dtype] = field(default_factory=set)
+
+
+def needs(graph: fx.Graph) -> dict[tuple[str, str], Need]:
+    """By (prepare function, group): what a final graph's collective kernels must find prepared."""
+    found: dict[tuple[str, str], Need] = {}
+    for node in graph.nodes:
+        op = find(node.target)
+        if op is None or not op.collective:
+            continue
+        bound = dict(zip(["channel", *op.params, "kernel", "alive"], node.args, strict=True))
+        prepare = op.find_kernel(bound["kernel"].rsplit("|", 1)[-1]).prepare
+        if prepare:
+            x = bound[op.row_args[0]].meta["val"]
+            need = found.setdefault((prepare, bound["group"]), Need())
+            need.hidden = max(need.hidden, int(x.shape[-1]))
+            need.dtypes.add(x.dtype)
+    return found
+
+
 def final_operators(graph: fx.Graph) -> list[str]:
     """Names of tpfuse's operators in a final graph, in order."""
     return [op.name for n in graph.nodes if (op := find(n.target)) is not None]
 
 
-__all__ = ["ORDER", "final_operators", "lower", "pick", "schedule"]
+__all__ = ["Need", "Targets", "final_operators", "lower", "needs", "pick", "schedule"]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from torch import fx
 from tpfuse import shim
 from tpfuse.config import PASSES, Config
 from tpfuse.fusion import fuse
-from tpfuse.ir.op import find
+from tpfuse.ir.op import find, load
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import plan_ranges
-from tpfuse.lowering.select import Targets, final_operators, lower, schedule
+from tpfuse.lowering.select import Targets, final_operators, lower, needs, schedule
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect
@@ -29,6 +30,15 @@ from tpfuse.target import UNBOUNDED, Range
 
 log = logging.getLogger("tpfuse")
 _graphs = itertools.count()
+_dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+
+
+def warmup(sizes: Sequence[int]) -> None:
+    """Compile, agree and prepare the ranges of these token counts in every graph seen so far: all ranks call it alike, before
+    they capture CUDA graphs of their own."""
+    for dispatcher in sorted(_dispatchers, key=lambda d: d.number):
+        for size in sizes:
+            dispatcher.warm(size)
 
 
 @dataclass
@@ -67,6 +77,7 @@ class Dispatcher:
         self.tokens = token_expression(gm.graph)
         self.ranges = self._ranges()
         self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
+        _dispatchers.add(self)
 
     def _ranges(self) -> list[Range]:
         if self.tokens is None:
@@ -83,19 +94,22 @@ class Dispatcher:
         if not any(self.compiled.values()) and self.config.compile_all:
             for other in self.ranges:
                 if other != limits:
-                    self._compile(other, self._typical(other, args))
+                    self.warm(other.end if other.end < UNBOUNDED else max(2 * other.start, 4096))
         values = self.bindings.values(args)
         for candidate in self.compiled[limits]:
             if not candidate.guards or candidate.holds(values):
                 return candidate.call(args)
         return self._compile(limits, values).call(args)
 
-    def _typical(self, limits: Range, args: Sequence[Any]) -> dict[Any, int]:
-        """Sizes for a range that no call has asked for yet: today's, the tokens moved to the range's end."""
-        values = self.bindings.values(args)
+    def warm(self, tokens: int) -> None:
+        """Compile the range of a token count, other sizes as the graph was traced with.  A no-op where it is compiled."""
+        limits = next((r for r in self.ranges if tokens in r), None)
+        if limits is None or self.compiled[limits]:
+            return
+        values = shim.traced_sizes(self.placeholders)
         if self.tokens in values:
-            values[self.tokens] = limits.end if limits.end < UNBOUNDED else max(2 * limits.start, 4096)
-        return values
+            values[self.tokens] = tokens
+        self._compile(limits, values)
 
     def _compile(self, limits: Range, values: dict[Any, int]) -> Compiled:
         if shim.is_capturing():
@@ -113,6 +127,8 @@ class Dispatcher:
         for group in groups:
             plan = [f"config {self.config}", f"ranges {[str(r) for r in self.ranges]}", f"torch {torch.__version__}"]
             agreement.agree(agreement.group_ranks(group), [*plan, *plans.get(group, [])], self.config.timeout)
+        for (prepare, group), need in needs(graph).items():
+            load(prepare)(group, self._most_tokens(limits, values), need.hidden, sorted(need.dtypes, key=str))
         self.report.add(result)
         log.info("graph %d, tokens %s: compiled in %.1f s", self.number, limits, time.perf_counter() - start)
         for event in result.events:
@@ -120,6 +136,13 @@ class Dispatcher:
         compiled = Compiled(call, guards)
         self.compiled[limits].append(compiled)
         return compiled
+
+    def _most_tokens(self, limits: Range, values: dict[Any, int]) -> int:
+        """Tokens that a workspace is made for: the range's end, or today's count where it has none (calls with more go in
+        several launches)."""
+        if limits.end < UNBOUNDED:
+            return limits.end
+        return self.config.max_tokens or int(self.tokens.xreplace(values))
 
     def plan(self, limits: Range) -> tuple[fx.Graph, RangeResult, dict[str, list[str]]]:
         """Fuse and lower a copy of the raised graph for one range → (final graph, what happened, schedule by group)."""

@@ -1,0 +1,117 @@
+"""The seams on one rank: ranges, warm-up, explain, direct operators."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tpfuse
+from tests.models import Stack
+from tpfuse.testing import interpreted
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    with torch.no_grad(), interpreted():
+        yield
+    dist.destroy_process_group()
+
+
+def close(a, b):
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_ranges_are_compiled_when_needed_and_by_warmup():
+    model, x = Stack(), torch.randn(5, 32)
+    compiled = tpfuse.compile(model, {"ranges": (32,)}, dynamic=True, fullgraph=True)
+    assert close(compiled(x), model(x))
+    assert compiled.report.ranges == [tpfuse.Range(1, 32)]
+    tpfuse.warmup([64])
+    assert [str(r) for r in compiled.report.ranges] == ["1..32", "33.."]
+    for tokens in (32, 33, 50):
+        x = torch.randn(tokens, 32)
+        assert close(compiled(x), model(x))
+    assert len(compiled.report.results) == 2
+
+
+def test_compile_all_and_single_sizes():
+    model, x = Stack(), torch.randn(9, 32)
+    options = {"ranges": (32,), "sizes": (7,), "compile_all": True}
+    compiled = tpfuse.compile(model, options, dynamic=True, fullgraph=True)
+    assert close(compiled(x), model(x))
+    assert [str(r) for r in compiled.report.ranges] == ["1..6", "7", "8..32", "33.."]
+    x = torch.randn(7, 32)
+    assert close(compiled(x), model(x))
+
+
+def test_more_tokens_than_promised():
+    compiled = tpfuse.compile(Stack(), {"max_tokens": 16}, dynamic=True)
+    compiled(torch.randn(16, 32))
+    with pytest.raises(tpfuse.FusionError, match="17 tokens"):
+        compiled(torch.randn(17, 32))
+
+
+def test_epsilon_stays_a_constant_under_dynamic():
+    model, x = Stack(), torch.randn(5, 32) * 1e-3
+    compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
+    before = compiled(x)
+    assert {e.attributes["eps"] for e in compiled.report.fired()} == {1e-5}
+    model.layers[0].norm2.eps = 1e-2  # another epsilon is another graph, not a stale one
+    assert close(compiled(x), model(x))
+    assert not close(compiled(x), before)
+
+
+def test_explain_for_another_machine():
+    target = tpfuse.Target("cuda", 90, 2, True, False, frozenset({"reference", "nccl"}))
+    report = tpfuse.explain(Stack(), torch.randn(5, 32), target=target)
+    assert len(report.fired()) == 6
+    unfused = [e for e in report.declined() if e.status == "unfused"]
+    assert len(unfused) == 6 and {e.reason.code for e in unfused} == {"no_kernel"}
+    assert report.counts() == {}
+
+
+def test_explain_on_meta_tensors():
+    with torch.device("meta"):
+        model, x = Stack(), torch.randn(5, 32)
+    report = tpfuse.explain(model, x, target=tpfuse.Target("cpu"))
+    assert report.counts() == {"all_reduce_add_rms_norm": 6}
+
+
+def test_direct_call():
+    x, residual, weight = torch.randn(5, 32), torch.randn(5, 32), torch.rand(32) + 0.5
+    norm, h = tpfuse.ops.all_reduce_add_rms_norm(x, residual, weight, eps=1e-5, group=dist.group.WORLD)
+    assert close(h, x + residual)
+    assert close(norm, torch.nn.functional.rms_norm(h, (32,), weight, 1e-5))
+    with pytest.raises(TypeError, match="nothing runs on a default"):
+        tpfuse.ops.all_reduce(x)
+    with pytest.raises(AttributeError, match="known: "):
+        tpfuse.ops.all_reduces(x)
+
+
+def test_direct_call_inside_a_compiled_model():
+    weight = torch.rand(32) + 0.5
+
+    def layer(x, residual):
+        return tpfuse.ops.all_reduce_add_rms_norm(x, residual, weight, eps=1e-5, group=dist.group.WORLD.group_name)
+
+    x, residual = torch.randn(5, 32), torch.randn(5, 32)
+    compiled = tpfuse.compile(layer, fullgraph=True)
+    for a, b in zip(compiled(x, residual), layer(x, residual), strict=True):
+        assert close(a, b)
+    assert compiled.report.counts() == {"all_reduce_add_rms_norm": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stric": True}, "did you mean 'strict'"),
+        ({"passes": ("all_reduce_nrm",)}, "did you mean 'all_reduce_norm'"),
+        ({"kernels": "tritn"}, "did you mean 'triton'"),
+    ],
+)
+def test_unknown_names_suggest_the_closest(options, message):
+    with pytest.raises(ValueError, match=message):
+        tpfuse.compile(Stack(), options)
+    with pytest.raises(Exception, match=message):
+        torch.compile(Stack(), backend=tpfuse.backend, options=options)(torch.randn(2, 32))
