@@ -177,7 +177,8 @@ def explain(
     """What would happen to a model on `target`, without compiling or running anything: the graph is captured, raised, fused
     and lowered for every range, and its results are taken to be zeros.
 
-    model, args, kwargs: as for a call; meta tensors and a model on the meta device will do.  A process group of torch's "fake" back end stands in for
+    model, args, kwargs: as for a call; meta tensors and a model on the meta device will do.  A process group of torch's "fake"
+    back end stands in for
     ranks.  target: None means this machine.
     """
     report = Report()
