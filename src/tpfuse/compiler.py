@@ -178,8 +178,7 @@ def explain(
     and lowered for every range, and its results are taken to be zeros.
 
     model, args, kwargs: as for a call; meta tensors and a model on the meta device will do.  A process group of torch's "fake"
-    back end stands in for
-    ranks.  target: None means this machine.
+    back end stands in for ranks.  target: None means this machine.
     """
     report = Report()
     _last[:] = [report]
