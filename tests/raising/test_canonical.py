@@ -27,6 +27,10 @@ FOLDED = {
     "cast twice": (twice_cast, {"convert_element_type": 1}),
     "view twice": (lambda x: aten.view(x, [12, 16]).exp() + aten.view(x, [12, 16]), {"view": 1}),
     "split and cat, one row of shards": (lambda x: torch.cat(x.view(1, 24, 8).split(12, 1)).exp(), {"cat": 0}),
+    "a split for each piece": (
+        lambda x: torch.cat([x.view(1, 24, 8).split(12, 1)[0], x.view(1, 24, 8).split(12, 1)[1]]).exp(),
+        {"cat": 0},
+    ),
     "split and cat of a gather": (lambda x: torch.cat(x.view(2, 12, 8).split(1), 1).exp(), {"cat": 0}),
 }
 

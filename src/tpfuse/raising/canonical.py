@@ -35,11 +35,12 @@ _ALIASING = (
     operator.getitem,
 )
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
-_JOINED = (*VIEWS, *_CASTS, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor, aten.sym_size.int)
+_JOINED = (*VIEWS, *SPLITS, *_CASTS, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor, aten.sym_size.int)
 
 
 def canonicalise(graph: fx.Graph) -> list[Event]:
     """Bring a graph to canonical form."""
+    _join(graph)
     for node in list(graph.nodes):
         if node._erased or node.op != "call_function":
             continue
@@ -66,10 +67,7 @@ def _is_no_op(node: fx.Node) -> bool:
 
 def _escapes(node: fx.Node) -> bool:
     """Whether a node's memory leaves the graph or is written to."""
-    return any(
-        u.op == "output" or u.target is aten.copy_.default or (u.target in _ALIASING and _escapes(u))
-        for u in node.users
-    )
+    return any(u.op == "output" or u.target is aten.copy_.default or (u.target in _ALIASING and _escapes(u)) for u in node.users)
 
 
 def _fold_view(node: fx.Node) -> fx.Node:
