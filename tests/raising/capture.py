@@ -85,6 +85,7 @@ class Raised:
 def raise_exactly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Raised:
     """Raise a graph, then inline every operator again; the results must be the model's, bit for bit, both times."""
     expected = _run(gm, inputs)
+    guards = _guards(gm.graph)
     events = raise_graph(gm.graph)
     gm.graph.lint()
     calls = [(op.name, op.bind(n.args, n.kwargs)) for n in gm.graph.nodes if (op := find(n.target))]
@@ -95,7 +96,14 @@ def raise_exactly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Raised:
     gm.graph.lint()
     assert not [n for n in gm.graph.nodes if find(n.target)]
     assert_identical(_run(gm, inputs), expected)
+    assert _guards(gm.graph) == guards, "a rewrite must not narrow the token counts that the graph serves"
     return Raised(calls, events)
+
+
+def _guards(graph: fx.Graph) -> int:
+    """How many facts about symbolic sizes the graph depends on."""
+    values = [n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor)]
+    return len(values[0].fake_mode.shape_env.guards)
 
 
 def raised(fn: Callable[..., Any], *args: Any, dynamic: int | None = 0, through: Any = trace) -> Raised:

@@ -22,6 +22,7 @@ FOLDED = {
     "views to a third shape": (lambda x: aten.view(aten.view(x + 1, [2, 12, 8]), [4, 6, 8]).exp(), {"view": 0, "reshape": 1}),
     "view to its own shape": (lambda x: aten.view(x + 1, list(x.shape)).exp(), {"view": 0}),
     "expand to its own shape": (lambda x: aten.expand(x + 1, list(x.shape)).exp(), {"expand": 0}),
+    "alias": (lambda x: aten.alias(aten.detach(x + 1)).exp(), {"alias": 0, "detach": 0}),
     "cast to its own dtype": (lambda x: prims.convert_element_type(x + 1, torch.bfloat16).exp(), {"convert_element_type": 0}),
     "copy of a value": (lambda x: (x + 1).clone().exp(), {"clone": 0}),
     "cast twice": (twice_cast, {"convert_element_type": 1}),

@@ -74,6 +74,13 @@ def test_spelling(name: str, dtype: torch.dtype) -> None:
     assert norm["x"].op == norm["weight"].op == "placeholder"
 
 
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", POSITIVE)
+def test_weight_of_another_dtype(name: str, dtype: torch.dtype, other: torch.dtype) -> None:
+    (norm,) = raised(POSITIVE[name][0], rows(dtype), weight(other)).named("rms_norm")
+    assert norm["weight"] is not None and norm["weight_bias"] == POSITIVE[name][1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_weight(dtype: torch.dtype) -> None:
     for fn in (lambda x: F.rms_norm(x, (HIDDEN,), None, 1e-5), lambda x: unit(x, 1e-5).to(x.dtype)):

@@ -69,13 +69,7 @@ def _gelu_tanh(node: fx.Node) -> fx.Node | None:
         return None
     for half, rest in operands(node):
         halved, shifted = times_constant(half), plus_constant(rest)
-        if (
-            halved is None
-            or shifted is None
-            or halved[1] != 0.5
-            or shifted[1] != 1
-            or not is_call(shifted[0], aten.tanh.default)
-        ):
+        if halved is None or shifted is None or halved[1] != 0.5 or shifted[1] != 1 or not is_call(shifted[0], aten.tanh.default):
             continue
         x, scaled = halved[0], times_constant(shifted[0].args[0])
         if scaled is not None and scaled[1] == 0.7978845608028654 and _is_cubic(scaled[0], x):

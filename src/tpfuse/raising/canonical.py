@@ -25,10 +25,10 @@ from tpfuse.rewrite.match import (
     tensor,
 )
 
-_NO_OPS = (*VIEWS, aten.expand.default, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
+_SAME = (*VIEWS, aten.expand.default, aten.alias.default, aten.detach.default)
+_NO_OPS = (*_SAME, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
 _ALIASING = (
-    *VIEWS,
-    aten.expand.default,
+    *_SAME,
     aten.permute.default,
     aten.unsqueeze.default,
     aten.slice.Tensor,
@@ -62,7 +62,7 @@ def _is_no_op(node: fx.Node) -> bool:
     old, new = tensor(node.args[0]), tensor(node)
     if old.dtype != new.dtype or old.device != new.device or not same_shape(old, new) or not same_strides(old, new):
         return False
-    return node.target in (*VIEWS, aten.expand.default) or not _escapes(node)
+    return node.target in _SAME or not _escapes(node)
 
 
 def _escapes(node: fx.Node) -> bool:

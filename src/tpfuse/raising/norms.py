@@ -131,21 +131,15 @@ def _mean(node: fx.Node) -> fx.Node | Decline:
         total = node.args[0]
         value = total.args[0]
         if not same(tensor(value).shape[-1], node.args[1]):
-            return Decline(
-                "no_mean", f"the sum of squares is divided by {node.args[1]}, not by the size of the last dimension"
-            )
+            return Decline("no_mean", f"the sum of squares is divided by {node.args[1]}, not by the size of the last dimension")
     elif is_call(node, *_SUMS):
         return Decline("no_mean", "the root is of a sum of squares, not of their mean")
     elif is_call(node, aten.mean.default):
         return Decline("axis", "the mean is over all elements")
     else:
-        return Decline(
-            "not_a_norm", f"the root is of {node.target if node.op == 'call_function' else node.name}, not of a mean"
-        )
+        return Decline("not_a_norm", f"the root is of {node.target if node.op == 'call_function' else node.name}, not of a mean")
     if not reduces_last(total.args[1], value):
-        return Decline(
-            "axis", f"the mean is over dimensions {total.args[1]} of {tensor(value).dim()}, not over the last one"
-        )
+        return Decline("axis", f"the mean is over dimensions {total.args[1]} of {tensor(value).dim()}, not over the last one")
     return value
 
 
@@ -206,9 +200,7 @@ def _weighted(found: Statistics, y: fx.Node, base: str) -> Iterator[tuple[fx.Nod
     """The ends of a norm whose normalised value y is multiplied by a weight."""
     wide = tensor(found.wide).dtype
     scaled = only_user(y)
-    if (
-        scaled is not None and cast_source(scaled) is y and tensor(scaled).dtype == wide
-    ):  # y cast up to meet an FP32 weight
+    if scaled is not None and cast_source(scaled) is y and tensor(scaled).dtype == wide:  # y cast up to meet an FP32 weight
         y, scaled = scaled, only_user(scaled)
     if scaled is None or not is_call(scaled, aten.mul.Tensor):
         return
@@ -219,7 +211,7 @@ def _weighted(found: Statistics, y: fx.Node, base: str) -> Iterator[tuple[fx.Nod
             narrow = torch.promote_types(narrow, tensor(weight.node).dtype)
         # the dtype that the body's product has, before its last cast
         body = torch.promote_types(tensor(found.x).dtype if base == "cast_first" else wide, weight.dtype)
-        rounding = Rounding(base if weight.bias == 0 or narrow != wide else "cast_last", low_bias=weight.low)
+        rounding = Rounding(base if weight.bias == 0 or tensor(found.x).dtype != wide else "cast_last", low_bias=weight.low)
         end = settled(scaled)
         if tensor(scaled).dtype == narrow == body:
             yield end, weight, rounding

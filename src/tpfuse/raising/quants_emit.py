@@ -16,9 +16,7 @@ from tpfuse.rewrite.emit import emit, erase_dead
 from tpfuse.rewrite.match import VIEWS, aten, constant, is_call, is_tensor, prims, same, same_shape, same_strides, tensor
 
 
-def emit_quantize(
-    old: Sequence[fx.Node], x: fx.Node, scale: Any, scheme: Scheme, layout: str
-) -> tuple[fx.Node, fx.Node]:
+def emit_quantize(old: Sequence[fx.Node], x: fx.Node, scale: Any, scheme: Scheme, layout: str) -> tuple[fx.Node, fx.Node]:
     """Quantise x before the first of `old`, the nodes that hold the results so far, the quantised values first → (q, scales).
 
     scale: None, a tensor of one element, or a number.

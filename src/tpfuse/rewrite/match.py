@@ -16,6 +16,7 @@ prims = torch.ops.prims
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor, aten.mul.Scalar)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
 
 
@@ -65,7 +66,7 @@ def peel_widening(node: fx.Node) -> fx.Node:
     """The value before casts that lose nothing (bfloat16 or float16 to float32, float32 to float64)."""
     while (source := cast_source(node)) is not None:
         narrow, wide = tensor(source).dtype, tensor(node).dtype
-        if not (narrow.is_floating_point and wide.is_floating_point and torch.promote_types(narrow, wide) == wide):
+        if narrow not in _FLOATS or wide not in _FLOATS or torch.promote_types(narrow, wide) != wide:
             break
         node = source
     return node
