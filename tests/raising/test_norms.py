@@ -53,6 +53,11 @@ POSITIVE = {
         0.0,
         "cast_first",
     ),
+    "power": (
+        lambda x, w: w * (x.float() * torch.pow(squares(x).mean(-1, True) + 1e-6, -0.5)).to(x.dtype),
+        0.0,
+        "cast_first",
+    ),
     "torch": (lambda x, w: F.rms_norm(x, (HIDDEN,), w, 1e-6), 0.0, "cast_last"),
     "OLMo2": (lambda x, w: (w * unit(x)).to(x.dtype), 0.0, "cast_last"),
     "Gemma": (lambda x, w: (unit(x) * (1.0 + w.float())).to(x.dtype), 1.0, "cast_last"),
@@ -115,6 +120,14 @@ NEAR_MISSES = {
     "not_a_norm": lambda x, w: torch.rsqrt(x.float().exp()),
     "low_precision": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
 }
+
+
+def test_layer_norm_by_hand() -> None:
+    def model(x: Tensor) -> Tensor:
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    assert raised(model, rows(torch.bfloat16)).reasons == ["variance"]
 
 
 @pytest.mark.parametrize("reason", NEAR_MISSES)

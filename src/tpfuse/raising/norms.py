@@ -77,12 +77,12 @@ def raise_norms(graph: fx.Graph) -> list[Event]:
 
 
 def _raise_root(root: fx.Node) -> Decline | None:
-    if is_call(root, aten.sqrt.default) or (is_call(root, aten.pow.Tensor_Scalar) and root.args[1] == -0.5):
+    if is_call(root, aten.sqrt.default):
         if isinstance(statistics(root.args[0]), Statistics):
-            how = "1 / sqrt" if is_call(root, aten.sqrt.default) else "a power of -0.5"
-            return Decline("sqrt", f"the root is written as {how}, whose last bit is not that of rsqrt")
+            return Decline("sqrt", "the root is written as 1 / sqrt, whose last bit is not that of rsqrt")
         return None
-    if not is_call(root, aten.rsqrt.default):
+    # torch computes a power of -0.5 (Gemma3n, Gemma4) as rsqrt
+    if not is_call(root, aten.rsqrt.default) and not (is_call(root, aten.pow.Tensor_Scalar) and root.args[1] == -0.5):
         return None
     found = statistics(root.args[0])
     if isinstance(found, Decline):
@@ -114,6 +114,8 @@ def statistics(node: fx.Node) -> Statistics | Decline:
     wide = _square(squares)
     if wide is None:
         return Decline("no_square", f"the mean is of {squares.name}, which is no square")
+    if is_call(wide, aten.sub.Tensor) and is_call(wide.args[1], aten.mean.dim):
+        return Decline("variance", "the mean is subtracted first: a layer norm")
     if tensor(wide).dtype not in (torch.float32, torch.float64):
         return Decline("low_precision", f"the mean square is formed in {tensor(wide).dtype}")
     x = peel_widening(wide)
