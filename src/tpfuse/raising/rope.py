@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -266,7 +267,8 @@ def _part(node: object) -> Part | None:
         width = _width(source)
         return Part(peel_widening(source), start or 0, min(width if stop is None else stop, width), step)
     if is_call(node, operator.getitem) and is_call(node.args[0], *_SPLITS):
-        split, index = node.args
+        split: Any = node.args[0]
+        index: Any = node.args[1]
         source, dim = split.args[0], split.args[2] if len(split.args) > 2 else 0
         widths = [v.shape[-1] for v in split.meta["val"]]
         if dim in (-1, tensor(source).dim() - 1):
