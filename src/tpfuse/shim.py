@@ -17,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = ["CustomGraphPass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "ShapeEnv", "detect_fake_mode"]
 
+CPU_ROW_SCALES = torch.__version__ >= torch.torch_version.TorchVersion("2.12")  # aten._scaled_mm on CPU takes a scale per row
+
 
 def resolve_group(name: str) -> dist.ProcessGroup:
     """The process group of a c10d group name."""

@@ -95,7 +95,8 @@ class RankPool:
         self._store = None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
+        # CUDA does not survive a fork, and importing the compiler may start it.
+        context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
         context.set_forkserver_preload(_WARM)
         # This process serves the store, on a port that the system picks: no race for a free one.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpfuse import formats
+from tpfuse import formats, shim
 from tpfuse.formats.layouts import groups_of, remove_layout
 from tpfuse.formats.nvfp4 import decode_e2m1, unpack
 from tpfuse.ir.op import op
@@ -113,7 +113,7 @@ def scaled_matmul(
                 **dict(option.split("=") for option in origin.partition("?")[2].split("&") if option),
             }
         )  # fmt: skip
-    if scheme in NATIVE and x.dtype == E4M3 and alpha is None:
+    if scheme in NATIVE and x.dtype == E4M3 and alpha is None and (scheme == "fp8_tensor" or x.is_cuda or shim.CPU_ROW_SCALES):
         out = getattr(torch, out_dtype)
         return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, result_scale, out, fast_accum)
     y = _rows_value(x, x_scale, scheme, layout, wide) @ _weight_value(weight, weight_scale, scheme, weight_layout, wide)
