@@ -15,8 +15,9 @@ from tpfuse.ir.op import op
 from tpfuse.ir.samples import rows
 
 E4M3 = torch.float8_e4m3fn
-# How to call again the operator of an engine that a product was raised from, by `origin` without its options.
-origins: dict[str, Callable[[Mapping[str, Any]], Tensor]] = {}
+# How to call again the operator of an engine that a product was raised from, by `origin` without its options; None where
+# that operator is not installed, or not for the device.
+origins: dict[str, Callable[[Mapping[str, Any]], Tensor | None]] = {}
 NATIVE = ("fp8_tensor", "fp8_token")  # the schemes that aten._scaled_mm multiplies on every device
 
 
@@ -101,11 +102,12 @@ def scaled_matmul(
     bias: [n] or None, added once.  result_scale: of an e4m3 result, as `aten._scaled_mm` has it.
     layout, weight_layout: see `tpfuse.formats`.  out_dtype: "bfloat16", "float16", "float32", "float8_e4m3fn".
     origin: the engine's operator that the model calls, with its own options ("vllm::flashinfer_mm_fp4?backend=cutlass"):
-    unfused, it is called again.  "": aten's.
+    unfused, it is called again; where it is not installed, and for "", the product is formed as said above.
     """
     wide = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
-    if origin and wide == torch.float32:
-        return origins[origin.partition("?")[0]](
+    call = origins.get(origin.partition("?")[0])
+    if call is not None and wide == torch.float32:
+        called = call(
             {
                 "x": x, "weight": weight, "x_scale": x_scale, "weight_scale": weight_scale, "bias": bias,
                 "result_scale": result_scale, "alpha": alpha, "scheme": scheme, "layout": layout,
@@ -113,6 +115,8 @@ def scaled_matmul(
                 **dict(option.split("=") for option in origin.partition("?")[2].split("&") if option),
             }
         )  # fmt: skip
+        if called is not None:
+            return called
     if scheme in NATIVE and x.dtype == E4M3 and alpha is None and (scheme == "fp8_tensor" or x.is_cuda or shim.CPU_ROW_SCALES):
         out = getattr(torch, out_dtype)
         return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, result_scale, out, fast_accum)

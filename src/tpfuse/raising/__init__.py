@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from tpfuse.raising.activations import raise_activations
+from tpfuse.raising.adapters import raise_adapted
 from tpfuse.raising.canonical import canonicalise, hoist_views
 from tpfuse.raising.collectives import raise_collectives
 from tpfuse.raising.matmuls import raise_matmuls
@@ -14,6 +15,7 @@ from tpfuse.raising.norms import raise_norms
 from tpfuse.raising.opaque import name_opaque_collectives
 from tpfuse.raising.quants import raise_quants
 from tpfuse.raising.rope import raise_rotary
+from tpfuse.raising.scaled_matmuls import raise_scaled_matmuls
 from tpfuse.report import Event
 
 Step = Callable[[fx.Graph], list[Event]]
@@ -27,6 +29,8 @@ STEPS: list[Step] = [
     raise_rotary,
     raise_activations,
     raise_quants,
+    raise_adapted,
+    raise_scaled_matmuls,
     raise_matmuls,
 ]
 

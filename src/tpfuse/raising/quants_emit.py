@@ -15,6 +15,8 @@ from tpfuse.report import Decline
 from tpfuse.rewrite.emit import emit, erase_dead
 from tpfuse.rewrite.match import VIEWS, aten, constant, is_call, is_tensor, prims, same, same_shape, same_strides, tensor
 
+_BYTES = (torch.uint8, torch.int32, torch.float4_e2m1fn_x2)
+
 
 def emit_quantize(old: Sequence[fx.Node], x: fx.Node, scale: Any, scheme: Scheme, layout: str) -> tuple[fx.Node, fx.Node]:
     """Quantise x before the first of `old`, the nodes that hold the results so far, the quantised values first → (q, scales).
@@ -22,6 +24,7 @@ def emit_quantize(old: Sequence[fx.Node], x: fx.Node, scale: Any, scheme: Scheme
     scale: None, a tensor of one element, or a number.
     """
     graph, like = old[0].graph, old[0]
+    x = rows_of(x)
     with graph.inserting_before(next(n for n in graph.nodes if n in old)):
         if scale is not None:
             scale = _scale_tensor(graph, scale, like, tensor(x).device)
@@ -43,8 +46,17 @@ def finish(q: fx.Node, scales: fx.Node, old: Sequence[fx.Node], x: fx.Node) -> D
     return declined
 
 
-def put(old: fx.Node, new: fx.Node, x: fx.Node) -> Decline | None:
-    """Let `new`, reshaped and cast as `old` is, stand for `old`, and erase `old`.  x: where symbolic sizes are read off.
+def rows_of(x: Any) -> Any:
+    """What rows were before views that regroup them and keep the last dimension: quantising takes them in any form."""
+    while is_call(x, *VIEWS) and same(tensor(x).shape[-1], tensor(x.args[0]).shape[-1]):  # type: ignore[arg-type]
+        x = x.args[0]
+    return x
+
+
+def put(old: fx.Node, new: fx.Node, x: fx.Node, at: fx.Node | None = None) -> Decline | None:
+    """Let `new`, reshaped and cast as `old` is, stand for `old`, and erase `old`.
+
+    x: where symbolic sizes are read off.  at: where to insert what reshapes (default `old`).
 
     Declines, leaving `old` as it is, where shapes cannot be written down or strides differ.
     """
@@ -56,7 +68,9 @@ def put(old: fx.Node, new: fx.Node, x: fx.Node) -> Decline | None:
     if not old.users:
         erase_dead(old)
         return None
-    with graph.inserting_before(old):
+    with graph.inserting_before(at or old):
+        if _is_bits(was.dtype, tensor(new).dtype):
+            new = emit(graph, aten.view.dtype, (new, was.dtype), like=old)
         if not same_shape(was, tensor(new)):
             sizes = _sizes(old, x)
             if sizes is None:
@@ -71,6 +85,11 @@ def put(old: fx.Node, new: fx.Node, x: fx.Node) -> Decline | None:
     old.replace_all_uses_with(new)
     erase_dead(old)
     return None
+
+
+def _is_bits(wanted: torch.dtype, given: torch.dtype) -> bool:
+    """Whether a buffer of integers holds the bytes of scales, or of packed values."""
+    return wanted != given and (wanted in _BYTES or given in _BYTES)
 
 
 def _scale_tensor(graph: fx.Graph, scale: Any, like: fx.Node, device: torch.device) -> fx.Node:
