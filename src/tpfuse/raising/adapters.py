@@ -23,6 +23,7 @@ from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE, emit, erase_dead
 from tpfuse.rewrite.match import aten, is_call, is_tensor, same, tensor
 from tpfuse.rewrite.site import site_of
+from tpfuse.shim import OpOverload
 
 _HOPS = ("auto_functionalized", "auto_functionalized_v2")
 
@@ -144,12 +145,12 @@ def _adapter(node: fx.Node) -> Adapter | None:
     return _adapters.get(target._schema.name) if target is not None else None
 
 
-def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
+def _overload(node: fx.Node) -> OpOverload | None:
     """The operator that a node calls, also inside auto_functionalized."""
     if node.op != "call_function":
         return None
     target = node.args[0] if getattr(node.target, "_name", None) in _HOPS else node.target
-    return target if isinstance(target, torch._ops.OpOverload) else None
+    return target if isinstance(target, OpOverload) else None
 
 
 def _raise(adapter: Adapter, node: fx.Node) -> Decline | None:
