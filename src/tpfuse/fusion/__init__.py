@@ -5,13 +5,26 @@ from collections.abc import Iterable
 from torch import fx
 
 from tpfuse.fusion import composites, merge
+from tpfuse.fusion.sequence_parallel import Chain, Policy, sequence_parallel
 from tpfuse.report import Event
 
-__all__ = ["fuse"]
+__all__ = ["Chain", "Policy", "fuse"]
 
 
-def fuse(graph: fx.Graph, passes: Iterable[str], fuel: composites.Fuel = lambda: True) -> list[Event]:
-    """Run the passes named in `passes`, in the order that lets each see what the earlier ones made.  Fired and declined sites."""
+def fuse(
+    graph: fx.Graph,
+    passes: Iterable[str],
+    fuel: composites.Fuel = lambda: True,
+    policy: Policy = lambda chain: None,
+) -> list[Event]:
+    """Run the passes named in `passes`, in the order that lets each see what the earlier ones made.  Fired and declined sites.
+
+    policy: which residual chains are worth their sequence-parallel form; it wins a site before all-reduce + norm can.
+    """
     passes = tuple(passes)
-    events = merge.merge_all_reduces(graph, fuel) if merge.PASS in passes else []
+    steps = [
+        (merge.PASS, lambda: merge.merge_all_reduces(graph, fuel)),
+        ("sequence_parallel", lambda: sequence_parallel(graph, policy, fuel)),
+    ]
+    events = [event for name, step in steps if name in passes for event in step()]
     return [*events, *composites.fuse(graph, passes, fuel)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -21,8 +21,10 @@ Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 @functools.cache
 def rules() -> tuple[Rule, ...]:
-    """Every derived rule, composites in the order of their declaration (the smaller before those built on them)."""
-    return tuple(rule for op in registry.values() if op.fuse for rule in rules_of(op))
+    """Every derived rule: those that others build on, those with a collective, the rest; among these the composites in the
+    order of their declaration (the smaller before those built on them)."""
+    ops = sorted((op for op in registry.values() if op.fuse), key=lambda op: (op.fuse != "always", not op.collective))
+    return tuple(rule for op in ops for rule in rules_of(op))
 
 
 def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> list[Event]:
@@ -30,6 +32,14 @@ def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> l
     enabled = {*passes, "always"}
     active = [rule for rule in rules() if rule.op.fuse in enabled]
     number_collectives(graph)
+    events, declines = apply(graph, active, fuel)
+    return [*events, *near_misses(graph, active, declines)]
+
+
+def apply(
+    graph: fx.Graph, active: Sequence[Rule], fuel: Fuel
+) -> tuple[list[Event], dict[fx.Node, list[tuple[Rule, Decline]]]]:
+    """Apply rules until none fires → what fired, and for each node the rules that nearly did."""
     events: list[Event] = []
     declines: dict[fx.Node, list[tuple[Rule, Decline]]] = {}
     fired = True
@@ -54,12 +64,12 @@ def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> l
                         events.append(_fired(rule, new))
             if fired:
                 sort(graph)
-    return [*events, *near_misses(graph, active, declines)]
+    return events, declines
 
 
 def _order_kept(match: Match, latest: dict[fx.Node, int]) -> Decline | None:
     """The fused operator stands where its collective stood: nothing it needs may come from there or from later."""
-    number = next((c.meta[ORDER] for c in match.calls() if is_collective(c)), None)
+    number = min((c.meta[ORDER] for c in match.calls() if is_collective(c)), default=None)
     if number is None:
         return None
     late = [a for a in match.args.values() if isinstance(a, fx.Node) and latest[a] >= number]
@@ -70,7 +80,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     """Put the fused operator at the anchor; the sort that follows finds its place."""
     calls = match.calls()
     anchor = match.nodes[match.rule.anchor]
-    collective = next((c for c in calls if is_collective(c)), None)
+    collective = min((c for c in calls if is_collective(c)), key=lambda c: c.meta[ORDER], default=None)
     with graph.inserting_before(anchor):
         new = emit(graph, match.rule.op.default, list(match.args.values()), like=collective or anchor)
         if collective is not None:
