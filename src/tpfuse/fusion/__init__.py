@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from tpfuse.fusion import composites, merge
+from tpfuse.fusion.async_tp import async_tp
 from tpfuse.fusion.sequence_parallel import Chain, Policy, sequence_parallel
 from tpfuse.report import Event
 
@@ -25,6 +26,9 @@ def fuse(
     steps = [
         (merge.PASS, lambda: merge.merge_all_reduces(graph, fuel)),
         ("sequence_parallel", lambda: sequence_parallel(graph, policy, fuel)),
+        ("async_tp", lambda: async_tp(graph, fuel)),
     ]
     events = [event for name, step in steps if name in passes for event in step()]
-    return [*events, *composites.fuse(graph, passes, fuel)]
+    told = {event.node for event in events if event.node}
+    rest = composites.fuse(graph, passes, fuel)
+    return [*events, *(event for event in rest if event.status == "fired" or event.node not in told)]

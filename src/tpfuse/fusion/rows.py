@@ -37,11 +37,8 @@ def replicated(graph: fx.Graph, group: str) -> set[fx.Node]:
     """
     known: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr") or not _is_value(node):
-            known.add(node)
-        elif node.op == "call_function" and (
-            _gives_all(node, group) or (_keeps(node) and all(a in known for a in node.all_input_nodes))
-        ):
+        given = node.op in ("placeholder", "get_attr") or not _is_value(node)
+        if given or _gives_all(node, group) or (_keeps(node) and all(a in known for a in node.all_input_nodes)):
             known.add(node)
     return known
 

@@ -54,7 +54,11 @@ class Chain:
         return tensor(self.sums[0]).dtype
 
     @property
-    def token_bytes(self) -> int:
+    def hidden(self) -> int:
+        return int(tensor(self.sums[0]).shape[-1])
+
+    @property
+    def row_bytes(self) -> int:
         """Bytes of one token in one sum."""
         return _row_bytes(self.sums[0])
 

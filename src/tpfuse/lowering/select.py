@@ -32,7 +32,7 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
         op = find(node.target)
         if op is None or op.fuse in (None, "always"):
             continue
-        args = {k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in op.bind(node.args, node.kwargs).items()}
+        args = fx.node.map_arg(op.bind(node.args, node.kwargs), lambda n: n.meta["val"])
         found = pick(op, args, targets(args.get("group")), preference)
         if isinstance(found, Kernel):
             chosen.append((node, op, found))
@@ -41,7 +41,7 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
             events.append(Event("unfused", op.name, site_of(node), reason=found))
             pending = [*unfuse(graph, node, op), *pending]
     # Once one collective is opaque to Inductor, all of them go through the channel, or it may swap them.
-    fused = any(op.collective for _, op, _ in chosen)
+    fused = any(op.collective for _, op, _ in chosen) or any(map(_opaque, graph.nodes))
     channels: dict[torch.device, fx.Node] = {}
     for node, op, kernel in chosen:
         _final(graph, node, op, kernel.name, channels, verify)
@@ -49,11 +49,17 @@ def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = Fal
         op = find(node.target)
         if op is None or node.target is not op.default:
             continue
-        if op.collective and fused:
+        if (op.collective and fused) or _opaque(node):
             _final(graph, node, op, "reference", channels, False)
         else:
             inline(graph, node, op)
     return events
+
+
+def _opaque(node: fx.Node) -> bool:
+    """Whether a node's body must not be seen by Inductor."""
+    op = find(node.target)
+    return op is not None and node.target is op.default and op.opaque(op.bind(node.args, node.kwargs))
 
 
 def pick(op: Op, args: Mapping[str, Any], target: Target, preference: str) -> Kernel | Decline:

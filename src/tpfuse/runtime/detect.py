@@ -19,6 +19,12 @@ def detect(device: str, group: str | None) -> Target:
 
 
 @functools.cache
+def machine(device: str) -> str:
+    """What a table's measurements hold for: "2 x NVIDIA H100 80GB HBM3", "cpu"."""
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if device == "cuda" else device
+
+
+@functools.cache
 def _detect(device: str, world: int) -> Target:
     if device != "cuda":
         return Target(device, world=world)

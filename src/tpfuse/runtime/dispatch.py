@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ from torch import fx
 
 from tpfuse import shim
 from tpfuse.config import PASSES, Config
-from tpfuse.fusion import fuse
-from tpfuse.ir.op import find, load
+from tpfuse.fusion import Policy, fuse
+from tpfuse.ir.collective import world_size
+from tpfuse.ir.op import find, load, registry
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import plan_ranges
 from tpfuse.lowering.select import Targets, final_operators, lower, needs, schedule
+from tpfuse.lowering.table import BUILT_IN, Table
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
-from tpfuse.runtime.detect import detect
+from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
 from tpfuse.target import UNBOUNDED, Range
 
@@ -75,6 +77,10 @@ class Dispatcher:
         self.targets = targets or functools.partial(detect, device)
         self.bindings = Bindings.of(self.placeholders)
         self.tokens = token_expression(gm.graph)
+        self.table = Table.load(config.table) if config.table else BUILT_IN
+        stale = self.table.stale(machine(device), self.targets(None).versions) if self.table.entries else None
+        if stale is not None:
+            report.shared.append(Event("declined", "table", reason=stale))
         self.ranges = self._ranges()
         self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
         _dispatchers.add(self)
@@ -84,7 +90,10 @@ class Dispatcher:
             return [Range(1, UNBOUNDED)]
         if isinstance(self.tokens, int):
             return [Range(self.tokens, self.tokens)]
-        return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens)
+        sums = [n for n in self.gm.graph.nodes if n.target is registry["all_reduce"].default]
+        values = [(n.meta["val"], world_size(n.args[1])) for n in sums]
+        thresholds = self.table.thresholds((v.dtype, world, v.shape[-1]) for v, world in values)
+        return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens, thresholds)
 
     def __call__(self, args: list[Any]) -> Any:
         tokens = 1 if self.tokens is None else self.bindings.evaluate(self.tokens, args)
@@ -115,7 +124,9 @@ class Dispatcher:
         if shim.is_capturing():
             raise FusionError(f"tokens {limits} were never run before this graph capture: call warmup() or run them once")
         start = time.perf_counter()
-        groups = sorted({n.args[-1] for n in self.gm.graph.nodes if (op := find(n.target)) and op.collective})
+        groups = sorted(
+            {op.bind(n.args)["group"] for n in self.gm.graph.nodes if (op := find(n.target)) and op.collective}
+        )
         everyone = sorted({agreement.group_ranks(g) for g in groups})
         try:
             graph, result, plans = self.plan(limits)
@@ -125,8 +136,9 @@ class Dispatcher:
                 agreement.fail(ranks, error)
             raise
         for group in groups:
-            plan = [f"config {self.config}", f"ranges {[str(r) for r in self.ranges]}", f"torch {torch.__version__}"]
-            agreement.agree(agreement.group_ranks(group), [*plan, *plans.get(group, [])], self.config.timeout)
+            plan = [f"config {self.config}", f"table {self.table.digest}", f"ranges {[str(r) for r in self.ranges]}"]
+            plan += [f"torch {torch.__version__}", *plans.get(group, [])]
+            agreement.agree(agreement.group_ranks(group), plan, self.config.timeout)
         for (prepare, group), need in needs(graph).items():
             load(prepare)(group, self._most_tokens(limits, values), need.hidden, sorted(need.dtypes, key=str))
         self.report.add(result)
@@ -153,7 +165,7 @@ class Dispatcher:
     def rewrite(self, graph: fx.Graph, limits: Range) -> RangeResult:
         """Fuse and lower a raised graph in place."""
         self._dump(graph, limits, "1-raised")
-        events = fuse(graph, [p for p in PASSES if self._enabled(p, limits)], self.fuel)
+        events = fuse(graph, [p for p in PASSES if self._enabled(p, limits)], self.fuel, self._policy(limits))
         verify(graph, "fuse")
         self._dump(graph, limits, "2-fused")
         events += lower(graph, self.targets, self.config.kernels, self.config.verify)
@@ -165,8 +177,21 @@ class Dispatcher:
         return RangeResult(self.number, limits, final_operators(graph), events)
 
     def _enabled(self, name: str, limits: Range) -> bool:
-        own = self.config.ranges.get(limits.end, {}) if isinstance(self.config.ranges, dict) else {}
+        own = self._own(limits)
         return name in own["passes"] if "passes" in own else self.config.enabled(name)
+
+    def _own(self, limits: Range) -> Mapping[str, Any]:
+        """What `Config(ranges={end: …})` says of the range that `limits` lie in."""
+        ranges = self.config.ranges if isinstance(self.config.ranges, Mapping) else {}
+        return next((ranges[end] for end in sorted(ranges) if limits.end <= end), {})
+
+    def _policy(self, limits: Range) -> Policy:
+        """Sequence parallelism where the table says that it pays in the whole range, and where the user asks for it by name."""
+        if "sequence_parallel" in self._own(limits).get("passes", self.config.passes or ()):
+            return lambda chain: None
+        return lambda chain: self.table.refuses(
+            "sequence_parallel", chain.dtype, chain.world, chain.row_bytes * limits.start, chain.hidden
+        )
 
     def _build(
         self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
@@ -174,9 +199,7 @@ class Dispatcher:
         """Inductor on the final graph, under symbols of its own; each rank of a host compiles what no other does."""
         inputs, env, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
         gm = fx.GraphModule(self.gm, graph)
-        patches = dict(self.patches)
-        if isinstance(self.config.ranges, dict):
-            patches.update(self.config.ranges.get(limits.end, {}).get("inductor", {}))
+        patches = {**self.patches, **self._own(limits).get("inductor", {})}
 
         def build() -> Callable[[list[Any]], Any]:
             with shim.inductor_patch(patches):

@@ -1,0 +1,120 @@
+"""What was measured to be fastest on one machine: by operator, scheme, dtype, world size, width and bytes.
+
+A table is a JSON file that `tpfuse tune` writes:
+
+    {"machine": "2 x NVIDIA H100", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+     "entries": [{"op": "sequence_parallel", "scheme": "", "dtype": "bfloat16", "world": 2, "hidden": null,
+                  "steps": [[8388608, "off"], [null, "on"]]}]}
+
+A step's choice holds up to and with its bytes (of the rows that meet in the collective: tokens · width · item size), null
+without end.  Choices of an operator are kernels by name ("triton:one_shot") or "unfused", those of a pass "on" and "off".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tpfuse.report import Decline
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Choices for one operator at one dtype ("bfloat16") and world size.
+
+    hidden: the width it was measured at; None for every width.  steps: (bytes, choice), ascending, the last without end.
+    """
+
+    op: str
+    dtype: str
+    world: int
+    steps: tuple[tuple[int | None, str], ...]
+    scheme: str = ""
+    hidden: int | None = None
+
+    def __post_init__(self) -> None:
+        ends = [end for end, _ in self.steps]
+        numbers = [end for end in ends[:-1] if end is not None]
+        if not ends or ends[-1] is not None or len(numbers) != len(ends) - 1 or numbers != sorted(set(numbers)):
+            raise ValueError(f"{self.op}: steps must ascend in bytes and end in null, got {ends}")
+
+    def choice(self, size: int) -> str:
+        return next(choice for end, choice in self.steps if end is None or size <= end)
+
+
+@dataclass(frozen=True)
+class Table:
+    """machine, versions: where and with what the entries were measured (see `runtime.detect.fingerprint`)."""
+
+    machine: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict, hash=False)
+    entries: tuple[Entry, ...] = ()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Table:
+        """Read a table.  ValueError naming the file where it is none."""
+        try:
+            data = json.loads(Path(path).read_text())
+            entries = tuple(
+                Entry(**{**e, "steps": tuple((end, choice) for end, choice in e["steps"])}) for e in data["entries"]
+            )
+            return cls(data["machine"], data["versions"], entries)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no table of thresholds: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n")
+
+    def to_json(self) -> str:
+        entries = [{**vars(e), "steps": [list(s) for s in e.steps]} for e in self.entries]
+        return json.dumps({"machine": self.machine, "versions": dict(self.versions), "entries": entries}, indent=1)
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name the table's contents."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def stale(self, machine: str, versions: Mapping[str, str]) -> Decline | None:
+        """Why the table may be wrong here: measured on another machine, or with other versions; None where neither is so."""
+        pairs = [("machine", self.machine, machine)]
+        pairs += [(k, self.versions.get(k, "none"), versions.get(k, "none")) for k in {**self.versions, **versions}]
+        changed = [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
+        return Decline("stale_table", "; ".join(changed) + "; run tpfuse tune") if changed else None
+
+    def find(self, op: str, dtype: Any, world: int, scheme: str = "", hidden: int | None = None) -> Entry | None:
+        """The entry for this width, else one for every width, else None: nothing was measured."""
+        name = str(dtype).removeprefix("torch.")
+        same = [e for e in self.entries if (e.op, e.dtype, e.world, e.scheme) == (op, name, world, scheme)]
+        exact = [e for e in same if e.hidden == hidden]
+        return next(iter([*exact, *(e for e in same if e.hidden is None)]), None)
+
+    def refuses(self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None) -> Decline | None:
+        """Why a pass should leave a site of `size` bytes alone: measured to be slower there, or never measured."""
+        entry = self.find(name, dtype, world, hidden=hidden)
+        if entry is None:
+            return Decline("unmeasured", f"no measurement says that {name} pays here: run tpfuse tune, or name the pass")
+        if entry.choice(size) == "on":
+            return None
+        return Decline("threshold", f"measured slower at {size} bytes ({', '.join(_step(*s) for s in entry.steps)})")
+
+    def thresholds(self, sites: Iterable[tuple[Any, int, int]]) -> list[int]:
+        """Token counts at which choices change for collectives of (dtype, world, width); each closes a range."""
+        counts: set[int] = set()
+        for dtype, world, hidden in sites:
+            row = hidden * dtype.itemsize
+            fitting = {(e.op, e.scheme) for e in self.entries}
+            for entry in (self.find(op, dtype, world, scheme, hidden) for op, scheme in fitting):
+                counts |= {end // row for end, _ in entry.steps if end is not None and end >= row} if entry else set()
+        return sorted(counts)
+
+
+BUILT_IN = Table()
+"""Until something is measured: all-reduce + norm wherever a kernel serves it, no other form, one range."""
+
+
+def _step(end: int | None, choice: str) -> str:
+    return f"{choice} up to {end}" if end is not None else f"{choice} beyond"
