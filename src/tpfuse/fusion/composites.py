@@ -118,6 +118,8 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
         op = find(node.target)
         if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul", "rotary", "attention"):
             continue
+        if any((o := find(a.target)) is not None and o.fuse == "async_tp" for a in node.all_input_nodes):
+            continue  # on own rows, the sum before it fused with its product
         rule, reason = _closest(node, op, active, declines)
         events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}, node=node.name))
     return events

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from tpfuse.ir.op import find
 from tpfuse.rewrite.match import VIEWS, is_call, is_tensor, reduces_last, same, tensor
+from tpfuse.shim import OpOverload
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -70,7 +71,7 @@ def pointwise(node: fx.Node) -> bool:
     """Whether a node calls a pure pointwise operator of aten or prims."""
     target = node.target
     return (
-        isinstance(target, torch._ops.OpOverload)
+        isinstance(target, OpOverload)
         and torch.Tag.pointwise in target.tags
         and torch.Tag.nondeterministic_seeded not in target.tags
         and not target._schema.is_mutable

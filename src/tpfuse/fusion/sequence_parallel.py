@@ -8,6 +8,7 @@ Its residual enters a graph whole (own rows are cut out) and leaves it whole (ga
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,11 @@ class Chain:
         return _row_bytes(self.sums[0])
 
     @property
+    def gathers(self) -> int:
+        """All-gathers after the rewrite; scales are gathered with their values."""
+        return sum(not _is_scales(n) for n in self.gathered)
+
+    @property
     def reduced_bytes(self) -> int:
         return sum(map(_row_bytes, self.sums))
 
@@ -84,7 +90,7 @@ def sequence_parallel(
         shared = replicated(graph, group)
         for chain in list(chains(graph, group, shared)):
             site = site_of(chain.sums[0])
-            sizes = {"all_reduces": len(chain.sums), "gathers": len(chain.gathered)}
+            sizes = {"all_reduces": len(chain.sums), "gathers": chain.gathers}
             declined = _structure(chain) or policy(chain)
             if declined is None and fuel():
                 Shards(graph, group, chain.nodes, chain.gathered).rewrite()
@@ -174,17 +180,21 @@ def _structure(chain: Chain) -> Decline | None:
     if chain.gathered_bytes > chain.reduced_bytes:
         return Decline(
             "more_gathers",
-            f"{len(chain.gathered)} gathers would move {chain.gathered_bytes} bytes a token, the {len(chain.sums)} sums "
+            f"{chain.gathers} gathers would move {chain.gathered_bytes} bytes a token, the {len(chain.sums)} sums "
             f"scatter {chain.reduced_bytes}",
         )
     return None
 
 
+def _is_scales(node: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[1] == 1 and is_call(node.args[0], registry["quantize"].default)
+
+
 def _row_bytes(node: fx.Node) -> int:
     """Bytes of one row of a value; a quantised value's scales come with it."""
-    value, source = tensor(node), node.args[0]
-    if is_call(source, registry["quantize"].default) and node.args[1] == 1:
-        x, _, scheme, *_ = registry["quantize"].bind(source.args).values()
+    value = tensor(node)
+    if _is_scales(node):
+        x, _, scheme, *_ = registry["quantize"].bind(node.args[0].args).values()  # type: ignore[union-attr]
         shape, _, dtype = scales_meta(1, tensor(x).shape[-1], scheme, default_layout(scheme))
         return math.prod(shape) * dtype.itemsize
     return int(value.shape[-1]) * value.dtype.itemsize
