@@ -25,7 +25,7 @@ from tpfuse.rewrite.site import site_of
 PASS = "async_tp"
 SCATTERS = ("reduce_scatter", "matmul_reduce_scatter", "scaled_matmul_reduce_scatter")
 GATHERS = ("all_gather", "all_gather_quantized", "all_gather_matmul", "all_gather_scaled_matmul")
-_ATTRIBUTES = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum")
+_ATTRIBUTES = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
 Fuel = Callable[[], bool]  # takes one unit; False when none is left
 

@@ -1,3 +1,0 @@
-from tests.raising.conftest import group
-
-__all__ = ["group"]
