@@ -53,7 +53,7 @@ def backend(
         report = Report()
         _last[:] = [report]
     inner = functools.partial(
-        _inner, config=config, patches=patches, report=report, fuel=fuel or Fuel(config.fuel)
+        compile_graph, config=config, patches=patches, report=report, fuel=fuel or Fuel(config.fuel)
     )
     return shim.compile_fx(gm, inputs, inner, patches)
 
@@ -85,7 +85,7 @@ class Fuel:
         return True
 
 
-def _inner(
+def compile_graph(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     *,

@@ -136,6 +136,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def mark_dynamic(tensor: Tensor, dim: int) -> None:
+    """Ask Dynamo for a graph in which this dimension may have any size from 2 on."""
+    torch._dynamo.mark_dynamic(tensor, dim)
+
+
 def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     """A callable that takes one list of arguments and clears it, as AOTAutograd passes them."""
     from torch._functorch.aot_autograd import make_boxed_func

@@ -1,0 +1,105 @@
+"""The command `tpfuse`."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Graph fusions for tensor-parallel LLM inference under torch.compile.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+class Device(enum.StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(enum.StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or a GGUF file.")]
+Ranks = Annotated[int | None, typer.Option("--tp", help="Ranks to shard over; under torchrun, the ranks it started.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A field of tpfuse.Config: fuel=5, disable_passes=async_tp … Repeatable."),
+]  # fmt: skip
+Strict = Annotated[bool, typer.Option("--strict", help="Fail when an expected fusion did not happen.")]
+
+
+@app.command()
+def run(
+    model: Model,
+    tp: Ranks = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "The capital of France is",
+    device: Annotated[Device | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: float32 on cpu, bfloat16 on cuda.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, greedily.")] = 20,
+    no_fuse: Annotated[bool, typer.Option("--no-fuse", help="Plain Inductor, without tpfuse.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every fused site against its unfused body.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also run unfused and unsharded, and show times, texts and errors.")
+    ] = False,
+    strict: Strict = False,
+    settings: Set = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+) -> None:
+    """Run a model tensor-parallel: generate text, show every site, time to first token and time per token."""
+    from tpfuse.cli import run as command
+
+    config = command.read_config(settings or (), verify=verify, strict=strict)
+    command.run(
+        _console(), model, tp, prompt, device and device.value, dtype and dtype.value, max_new_tokens, not no_fuse, compare,
+        config, json,
+    )  # fmt: skip
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, links and back ends: what is usable and why not."""
+    from json import dumps
+
+    from tpfuse.cli import doctor as command
+
+    facts = command.examine()
+    if json:
+        print(dumps(command.as_json(facts), indent=1))
+    else:
+        command.show(_console(), facts)
+
+
+def _console() -> Console:
+    """Where there is no terminal to ask, lines are as long as tables need."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def main() -> None:
+    """The command line; errors that were foreseen end it with one message and status 1."""
+    from tpfuse.cli.launch import RankError
+    from tpfuse.cli.models import BadInput
+    from tpfuse.report import FusionError
+
+    try:
+        app()
+    except (BadInput, FusionError, RankError, TimeoutError) as error:
+        console = Console(stderr=True)
+        if isinstance(error, RankError) and error.details:
+            console.print(error.details.rstrip(), style="dim", highlight=False, markup=False)
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""One rank's part of `tpfuse run`: load, compile prefill and decode, generate greedily, compare."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+
+from tpfuse import shim
+from tpfuse.cli import models
+from tpfuse.cli.launch import Place, Progress
+from tpfuse.compiler import Fuel, compile_graph
+from tpfuse.config import Config
+from tpfuse.ir import check
+from tpfuse.report import Report
+from tpfuse.runtime import agreement
+from tpfuse.runtime.dispatch import copy_graph
+
+FUSED, UNFUSED, SINGLE = "fused", "unfused", "single process, FP32"
+Step = Callable[[Tensor], Tensor]  # token ids [1, T] → logits of the last one [vocabulary]; the cache moves on
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank must be told the same."""
+
+    source: models.Source
+    tp: int
+    prompt: str
+    device: str
+    dtype: str
+    max_new_tokens: int
+    variants: tuple[str, ...]  # of FUSED, UNFUSED
+    reference: bool  # run the model unsharded too
+    config: Config
+
+    def lines(self) -> list[str]:
+        """The job as text that the ranks compare; folders may differ, models may not."""
+        known = {k: v for k, v in asdict(self).items() if k not in ("source", "config")}
+        return [f"model {self.source.fingerprint()}", *(f"{k} {v!r}" for k, v in known.items()), f"config {self.config}"]
+
+
+@dataclass
+class Run:
+    """One greedy generation.  Times in seconds; per_token: the mean over the tokens after the first."""
+
+    tokens: list[int]
+    text: str
+    first_token: float
+    per_token: float
+
+
+@dataclass
+class Outcome:
+    """What rank 0 tells: `runs` by variant; `errors` of its logits against the reference by variant; the report's JSON."""
+
+    runs: dict[str, Run] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    compile: float = 0.0
+    prompt_tokens: int = 0
+    report: dict[str, Any] = field(default_factory=dict)
+    summary: str = ""
+
+
+def work(place: Place, progress: Progress, job: Job) -> Outcome:
+    """Everything one rank does, in order; the same on every rank but for the reference, which is rank 0's."""
+    models.quiet()
+    place.join(job.device, job.config.timeout)
+    try:
+        agreement.agree(range(place.world), job.lines(), job.config.timeout)
+        return _work(place, progress, job)
+    finally:
+        dist.destroy_process_group()
+
+
+def _work(place: Place, progress: Progress, job: Job) -> Outcome:
+    device = torch.device(job.device, place.local_rank) if job.device == "cuda" else torch.device("cpu")
+    progress("loading", 0, 2)
+    dtype = models.DTYPES[job.dtype]
+    folder = models.dequantised(job.source, dtype) if job.source.gguf else job.source.folder
+    progress("loading", 1, 2)
+    model = models.load(folder, job.tp, dtype, device)
+    tokenizer = models.load_tokenizer(folder)
+    ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"].to(device)
+    progress("loading", 2, 2)
+
+    out = Outcome(prompt_tokens=ids.shape[1])
+    twins = Twins(model, job.config, job.variants)
+    compiled = Session(model, twins, ids.shape[1] + job.max_new_tokens)
+    out.compile = compiled.compile(ids, job.variants, progress)
+
+    stops = _stops(model)
+    total = job.max_new_tokens * (len(job.variants) + job.reference)
+    for i, variant in enumerate(job.variants):
+        twins.use = variant
+        tokens, times = compiled.generate(ids, job.max_new_tokens, stops, _Count(progress, i * job.max_new_tokens, total))
+        out.runs[variant] = _run(tokenizer, tokens, times)
+    if job.reference:
+        _compare(out, compiled, folder, ids, stops, job, tokenizer, _Count(progress, total - job.max_new_tokens, total))
+    progress("generating", total, total)
+    out.report = json.loads(twins.report.to_json()) if FUSED in job.variants else {}
+    out.summary = str(twins.report) if FUSED in job.variants else ""
+    return out
+
+
+def _compare(
+    out: Outcome, compiled: Session, folder: Path, ids: Tensor, stops: set[int], job: Job, tokenizer: Any, count: _Count
+) -> None:
+    """Run the model unsharded, eager, in FP32 on rank 0; then every variant along its tokens, and compare the logits."""
+    tokens: list[int] = []
+    exact = None
+    if dist.get_rank() == 0:
+        whole = models.load(folder, 1, torch.float32, ids.device)
+        session = Session(whole, whole, ids.shape[1] + job.max_new_tokens, alone=True)
+        tokens, times = session.generate(ids, job.max_new_tokens, stops, count)
+        out.runs[SINGLE] = _run(tokenizer, tokens, times)
+        exact = session.follow(ids, tokens)
+        del whole, session
+    shared = [tokens]
+    dist.broadcast_object_list(shared, 0)
+    for variant in job.variants:
+        compiled.call.use = variant
+        logits = compiled.follow(ids, shared[0])
+        if exact is not None:
+            out.errors[variant] = {
+                "relative": ((logits - exact).norm() / exact.norm()).item(),
+                "maximum": (logits - exact).abs().max().item(),
+                "positions": len(exact),
+            }
+
+
+class Twins(nn.Module):
+    """A model compiled several ways from one capture: through tpfuse ("fused") and by Inductor alone ("unfused").
+
+    Dynamo and AOTAutograd run once a graph; `use` chooses whose code a call runs.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, variants: Sequence[str]) -> None:
+        super().__init__()
+        self.config, self.variants, self.use = config, variants, variants[0]
+        self.report, self.fuel = Report(), Fuel(config.fuel)
+        self.seconds = 0.0
+        self._call = torch.compile(model, backend=lambda gm, inputs: shim.compile_fx(gm, inputs, self._inner, {}))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        before = len(check.rows)
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            self.report.verified += check.rows[before:]
+
+    def _inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
+        calls: dict[str, Callable[[list[Any]], Any]] = {}
+        if UNFUSED in self.variants:
+            copy = fx.GraphModule(gm, copy_graph(gm.graph))
+            ranks = range(dist.get_world_size())
+            text = f"{UNFUSED}\n{copy.graph.python_code('self').src}"
+            calls[UNFUSED] = agreement.compile_once(
+                ranks, text, lambda: shim.compile_fx_inner(copy, inputs, **kwargs), self.config.timeout
+            )
+        if FUSED in self.variants:
+            calls[FUSED] = compile_graph(
+                gm, inputs, config=self.config, patches={}, report=self.report, fuel=self.fuel, **kwargs
+            )
+        return shim.boxed(lambda *args: calls[self.use](list(args)))
+
+
+class Session:
+    """A model with a static KV cache for one sequence of at most `length` tokens.
+
+    model: for its configuration and its cache.  call: what runs it, compiled or not.  alone: no other rank takes part.
+    """
+
+    def __init__(self, model: Any, call: Any, length: int, alone: bool = False) -> None:
+        from transformers import StaticCache
+
+        self.call, self.alone = call, alone
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        # The cache takes its shapes from the first call; uncompiled, so that a graph never holds their making.
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 1, dtype=torch.long, device=model.device), past_key_values=self.cache)
+
+    def step(self, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.call(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits[0, -1]
+
+    def compile(self, ids: Tensor, variants: Sequence[str], progress: Progress) -> float:
+        """Run every graph of every variant once.  → seconds"""
+        start = time.perf_counter()
+        calls = [(v, name) for v in variants for name in ("prefill", "decode")]
+        if ids.shape[1] > 1:  # one token is a graph of its own
+            shim.mark_dynamic(ids, 1)
+        # Tracing makes millions of objects and hardly a cycle.
+        gc.collect()
+        gc.disable()
+        try:
+            for i, (variant, name) in enumerate(calls):
+                progress(f"compiling {name}, {variant}", i, len(calls))
+                self.call.use = variant
+                if name == "prefill":
+                    self.cache.reset()
+                    self.step(ids)
+                else:
+                    self.step(torch.full((1, 1), int(ids[0, 0]), device=ids.device))  # a slice would keep its stride
+        finally:
+            gc.enable()
+        progress("compiling", len(calls), len(calls))
+        return time.perf_counter() - start
+
+    def generate(self, ids: Tensor, count: int, stops: set[int], done: Callable[[int], None]) -> tuple[list[int], list[float]]:
+        """Greedy tokens, at most `count`, up to one of `stops`; and the seconds that each took."""
+        self.cache.reset()
+        tokens: list[int] = []
+        times: list[float] = []
+        while len(tokens) < count and not (tokens and tokens[-1] in stops):
+            start = time.perf_counter()
+            token = self.step(ids).argmax().reshape(1, 1)
+            if not self.alone:  # ranks must never part, whatever their last bits
+                dist.broadcast(token, 0)
+            tokens.append(int(token))
+            times.append(time.perf_counter() - start)
+            ids = token
+            done(len(tokens))
+        return tokens, times
+
+    def follow(self, ids: Tensor, tokens: Sequence[int]) -> Tensor:
+        """The logits at every position when these tokens are what was generated, [tokens, vocabulary], FP32 on the CPU."""
+        self.cache.reset()
+        rows = [self.step(ids)]
+        rows += [self.step(torch.tensor([[t]], device=ids.device)) for t in tokens[:-1]]
+        return torch.stack(rows).float().cpu()
+
+
+class _Count:
+    """Tokens done, of all runs."""
+
+    def __init__(self, progress: Progress, before: int, total: int) -> None:
+        self.progress, self.before, self.total = progress, before, total
+
+    def __call__(self, done: int) -> None:
+        self.progress("generating", self.before + done, self.total)
+
+
+def _run(tokenizer: Any, tokens: list[int], times: list[float]) -> Run:
+    rest = times[1:]
+    return Run(tokens, tokenizer.decode(tokens), times[0], sum(rest) / len(rest) if rest else 0.0)
+
+
+def _stops(model: Any) -> set[int]:
+    """Tokens that end a text."""
+    eos = model.generation_config.eos_token_id
+    return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)

@@ -1,0 +1,265 @@
+"""Finding a model, checking it against the number of ranks before any rank starts, and loading one rank's shard of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BadInput(ValueError):
+    """Something the user gave cannot work; the message says what and what would."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: a Hugging Face folder, and the GGUF file in it if the weights are there."""
+
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What transformers' from_pretrained takes beside the folder."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def weights(self) -> list[Path]:
+        if self.gguf:
+            return [self.folder / self.gguf]
+        return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("pytorch_model*.bin")])
+
+    def fingerprint(self) -> str:
+        """Equal for equal models: the configuration, and the names and sizes of the weight files."""
+        config = b"" if self.gguf else (self.folder / "config.json").read_bytes()
+        files = [(p.name, p.stat().st_size) for p in self.weights()]
+        return hashlib.sha256(config + json.dumps(files).encode()).hexdigest()[:16]
+
+
+def locate(path: str) -> Source:
+    """The model at `path`.  BadInput where there is none."""
+    where = Path(path).expanduser().resolve()
+    if not where.exists():
+        raise BadInput(f"{path}: no such file or folder (a model is a Hugging Face folder or a GGUF file on this machine)")
+    if where.is_file():
+        if where.suffix != ".gguf":
+            raise BadInput(f"{path}: not a GGUF file; for other formats name the folder that holds config.json")
+        return Source(where.parent, where.name)
+    if (where / "config.json").is_file():
+        return Source(where)
+    found = sorted(where.glob("*.gguf"))
+    if len(found) == 1:
+        return Source(where, found[0].name)
+    if found:
+        raise BadInput(f"{path}: several GGUF files, name one: {', '.join(p.name for p in found)}")
+    raise BadInput(f"{path}: no model here: neither config.json nor a GGUF file")
+
+
+def check_files(source: Source) -> None:
+    """BadInput where a weight file is missing, truncated or damaged."""
+    if source.gguf:
+        return _check_gguf(source.folder / source.gguf)
+    index = source.folder / "model.safetensors.index.json"
+    if index.is_file():
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(n for n in named if not (source.folder / n).is_file())
+        if missing:
+            raise BadInput(f"{source.folder}: weight files are missing: {', '.join(missing)}")
+    if not source.weights():
+        raise BadInput(f"{source.folder}: config.json, but no weights (*.safetensors, pytorch_model*.bin)")
+    for path in source.weights():
+        if path.suffix == ".safetensors":
+            _check_safetensors(path)
+        elif not zipfile.is_zipfile(path):
+            raise BadInput(f"{path}: truncated or damaged: not a torch checkpoint")
+
+
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        try:
+            header = json.loads(file.read(length)) if length <= size - 8 else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise BadInput(f"{path}: truncated or damaged: no safetensors header")
+    needed = 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+    if size < needed:
+        raise BadInput(f"{path}: truncated: {size:,} bytes of {needed:,}")
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        import gguf
+    except ImportError as error:
+        raise BadInput("GGUF files need the package gguf: pip install 'tpfuse[gguf]'") from error
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"{path}: not a GGUF file")
+    try:
+        gguf.GGUFReader(path)
+    except Exception as error:  # the reader trips over missing bytes in as many ways as there are fields
+        raise BadInput(f"{path}: truncated or damaged: {error}") from error
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The configuration.  BadInput for an architecture that transformers does not know or cannot shard."""
+    from transformers import AutoConfig, AutoModelForCausalLM, __version__
+
+    try:
+        config = AutoConfig.from_pretrained(source.folder, **source.keywords)
+    except Exception as error:
+        raise BadInput(f"{source.folder}: transformers {__version__} cannot read this model: {_first_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BadInput(f"architecture {config.model_type!r} is not a causal language model that transformers {__version__} has")
+    return config
+
+
+def check_ranks(config: PreTrainedConfig, tp: int) -> None:
+    """BadInput where heads or sharded widths do not divide by `tp`; it says which, and which `tp` would work."""
+    if tp < 1:
+        raise BadInput(f"--tp {tp}: at least one rank is needed")
+    text = config.get_text_config()
+    sizes = {"attention heads": text.num_attention_heads, "key/value heads": getattr(text, "num_key_value_heads", None)}
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_config(config)
+    plan = getattr(model, "tp_plan", None)
+    if tp > 1 and not plan:
+        raise BadInput(f"architecture {config.model_type!r}: its model has no tensor-parallel plan in transformers")
+    sizes.update(_sharded_widths(model, dict(plan or {})))
+    sizes = {name: size for name, size in sizes.items() if size}
+    wrong = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        works = [n for n in range(1, text.num_attention_heads + 1) if not any(s % n for s in sizes.values())]
+        raise BadInput(f"--tp {tp} does not divide {', '.join(wrong)}; --tp {' or '.join(map(str, works))} would work")
+
+
+def _sharded_widths(model: nn.Module, plan: dict[str, str]) -> dict[str, int]:
+    """Widths that the plan cuts, by the plan's entry.  Embeddings and heads may be cut unevenly."""
+    widths = {}
+    for name, parameter in model.named_parameters():
+        module = re.sub(r"\.\d+(?=\.|$)", ".*", name.rpartition(".")[0])
+        style = plan.get(module, "")
+        if parameter.ndim < 2 or "gather" in style or "embedding" in style:
+            continue
+        if "colwise" in style:
+            widths[f"columns of {module}"] = parameter.shape[-2]
+        elif "rowwise" in style:
+            widths[f"rows of {module}"] = parameter.shape[-1]
+    return widths
+
+
+def overrides(config: PreTrainedConfig) -> dict[str, str]:
+    """What tpfuse changes in the model's own plan: the embedding stays whole on every rank.
+
+    A vocabulary-parallel embedding puts the rank's own offsets into the graph, so that no two ranks share a compiled artifact,
+    and does not recompile for one token.  A head that shares the embedding's weight stays whole with it.
+    """
+    plan = {"model.embed_tokens": "replicate"}
+    if config.get_text_config().tie_word_embeddings:
+        plan["lm_head"] = "replicate"
+    return plan
+
+
+def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """One rank's shard, by the model's own plan, its parameters as plain tensors.  The process group must be there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    keywords: dict[str, Any] = {"dtype": dtype}
+    if tp > 1:
+        from transformers.distributed import DistributedConfig
+
+        plan = overrides(AutoConfig.from_pretrained(folder))
+        keywords["distributed_config"] = DistributedConfig(tp_size=tp, tp_plan=plan)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval().requires_grad_(False)
+    localise(model)
+    return model.to(device)
+
+
+def localise(model: nn.Module) -> None:
+    """Replace DTensor parameters by this rank's part.  The forward hooks of the plan work on those at inference anyway, and
+    without them a graph holds no mesh and is traced in two thirds of the time."""
+    from torch.distributed.tensor import DTensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                setattr(module, name, nn.Parameter(parameter.to_local(), requires_grad=False))
+
+
+def quiet() -> None:
+    """Models are local, and the command line has bars and messages of its own."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # torchao, where installed, complains of kernels it does not need
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as messages
+
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def dequantised(source: Source, dtype: torch.dtype) -> Path:
+    """A Hugging Face folder with the weights of a GGUF file in `dtype`, made once and kept in the user's cache folder.
+
+    Sharding while loading needs such a folder.  Two processes that ask at once make it once.
+    """
+    from filelock import FileLock
+
+    assert source.gguf
+    path = source.folder / source.gguf
+    stat = path.stat()
+    key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns} {dtype}".encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tpfuse" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"{path.stem}-{key}"
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache))
+            try:
+                _convert(source, dtype, part)
+                part.rename(target)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def _convert(source: Source, dtype: torch.dtype, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **source.keywords)
+    # The weights are dequantised by now; what remembers that they were quantised refuses to save them.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.folder, **source.keywords).save_pretrained(folder)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,128 @@
+"""`tpfuse run`: check the input, start the ranks, show what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tpfuse.cli import models, tables
+from tpfuse.cli.generate import FUSED, UNFUSED, Job, Outcome, work
+from tpfuse.cli.launch import Place, launch
+from tpfuse.cli.models import BadInput
+from tpfuse.config import Config
+
+
+def read_config(settings: Sequence[str], **given: Any) -> Config:
+    """A Config from `field=value` texts and from options that were given.  BadInput names the closest known field or pass."""
+    values = {k: v for k, v in given.items() if v}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise BadInput(f"--set {setting}: expected field=value")
+        values[name.replace("-", "_")] = _value(text)
+    try:
+        return Config.of(values)
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from error
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON (3, true, [256, 2048]), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def check(path: str, tp: int, device: str, here: int) -> models.Source:
+    """Everything that can be known wrong before a rank starts.  BadInput says what.  here: ranks on this host."""
+    source = models.locate(path)
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise BadInput(f"--tp {tp}, but {torch.cuda.device_count()} GPUs are visible")
+    models.check_files(source)
+    models.quiet()
+    models.check_ranks(models.read_config(source), tp)
+    return source
+
+
+def run(
+    console: Console,
+    path: str,
+    tp: int | None,
+    prompt: str,
+    device: str | None,
+    dtype: str | None,
+    max_new_tokens: int,
+    fuse: bool,
+    compare: bool,
+    config: Config,
+    output: Path | None,
+) -> None:
+    """The command: see `tpfuse run --help`.  Raises BadInput, RankError, TimeoutError or FusionError."""
+    place = Place.of_torchrun()
+    tp = tp or (place.world if place else 1)
+    if place and place.world != tp:
+        raise BadInput(f"--tp {tp}, but {place.world} ranks were started")
+    if compare and not fuse:
+        raise BadInput("--compare shows the fused run beside the unfused one: leave out --no-fuse")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    source = check(path, tp, device, place.local_world if place else tp)
+    variants = ((FUSED,) if fuse else ()) + ((UNFUSED,) if compare or not fuse else ())
+    job = Job(source, tp, prompt, device, dtype, max_new_tokens, variants, compare, config)
+    leads = place is None or place.rank == 0
+    with Bars(console, leads) as bars:
+        if place:
+            os.environ.update(place.environment())
+            outcome = work(place, bars, job)
+        else:
+            if job.source.gguf:
+                bars("loading", 0, 2)
+                models.dequantised(job.source, models.DTYPES[dtype])
+            outcome = launch(work, tp, job, progress=bars, silence=1.5 * config.timeout)[0]
+    if not leads:
+        return
+    tables.show_outcome(console, outcome, prompt)
+    if output:
+        output.write_text(json.dumps(as_json(outcome, job), indent=1))
+
+
+def as_json(outcome: Outcome, job: Job) -> dict[str, Any]:
+    """Everything that was printed, and the job."""
+    told = asdict(outcome)
+    told.pop("summary")
+    return {
+        "model": str(job.source.folder / (job.source.gguf or "")), "tp": job.tp, "device": job.device, "dtype": job.dtype,
+        "prompt": job.prompt, "max_new_tokens": job.max_new_tokens, "torch": torch.__version__, "config": asdict(job.config),
+        **told,
+    }  # fmt: skip
+
+
+class Bars:
+    """Progress bars, one a stage; nothing where the console is no terminal or this rank is not the one that shows."""
+
+    def __init__(self, console: Console, shown: bool) -> None:
+        columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.bars = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        kind = stage.split()[0]
+        if kind not in self.tasks:
+            self.tasks[kind] = self.bars.add_task(stage, total=total or None)
+        self.bars.update(self.tasks[kind], description=stage, completed=done, total=total or None)
