@@ -18,6 +18,7 @@ from tpfuse.ir import check
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
+from tpfuse.rewrite.listing import listing
 from tpfuse.runtime.dispatch import Dispatcher
 from tpfuse.runtime.key import cache_key
 from tpfuse.shim import CustomGraphPass
@@ -188,11 +189,13 @@ def explain(
     def planner(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
         outputs = shim.pytree_leaves(gm.graph.find_nodes(op="output")[0].args)
         zeros = [_zeros(n.meta["val"]) if isinstance(n, fx.Node) else n for n in outputs]
+        before = listing(gm.graph)
         report.shared.extend(raise_graph(gm.graph))
         verify(gm.graph, "raise")
         dispatcher = Dispatcher(gm, inner, config, {}, report, Fuel(config.fuel), targets)
         for limits in dispatcher.ranges:
-            _, result, _ = dispatcher.plan(limits)
+            graph, result, _ = dispatcher.plan(limits)
+            result.before, result.after = before, listing(graph)
             report.add(result)
         return shim.boxed(lambda *_: tuple(zeros))
 

@@ -53,14 +53,30 @@ class Event:
         return f"{self.status:8} {self.rule:36} {where}{attrs}{extra}"
 
 
+@dataclass(frozen=True)
+class Line:
+    """One node of a graph as text: `name: shape = operator(arguments)`, and the layer path it comes from ("" for none)."""
+
+    name: str
+    operator: str
+    arguments: str
+    shape: str
+    site: str
+
+
 @dataclass
 class RangeResult:
-    """What one compiled graph holds: `ops`, the tpfuse operators in the final graph by name, in program order."""
+    """What one compiled graph holds: `ops`, the tpfuse operators in the final graph by name, in program order.
+
+    before, after: the graph as it was captured and as Inductor would get it; filled by `explain` alone.
+    """
 
     graph: int
     range: Range
     ops: list[str]
     events: list[Event]
+    before: list[Line] = field(default_factory=list)
+    after: list[Line] = field(default_factory=list)
 
 
 class Report:

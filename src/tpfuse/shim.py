@@ -30,6 +30,13 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
 
 
+def join_fake_group(world: int) -> None:
+    """Make this process rank 0 of a default process group whose other ranks do not exist: collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+
+
 def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]) -> Any:
     """Inductor from the Dynamo level down, `inner` in place of its graph compiler, AOTAutograd's own cache off: with it on,
     another run's artifact of the same Dynamo graph would be executed and `inner` never called."""

@@ -66,6 +66,29 @@ def run(
 
 
 @app.command()
+def explain(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder (config.json is enough) or a GGUF file.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks to shard over.")],
+    device: Annotated[Device, typer.Option(help="Where it would run.")] = Device.cpu,
+    sm: Annotated[int, typer.Option(help="Compute capability of --device cuda: 90, 100 …")] = 90,
+    dtype: Annotated[Dtype, typer.Option(help="The model's.")] = Dtype.bfloat16,
+    strict: Strict = False,
+    settings: Set = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with the graph before and after.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON.")] = None,
+) -> None:
+    """Show what would be fused, and what not and why, without weights, ranks or GPUs."""
+    from tpfuse.cli import explain as command
+    from tpfuse.cli.run import read_config
+    from tpfuse.target import Target
+
+    gpu = Target("cuda", sm, tp, peer_access=True, backends=frozenset({"reference", "triton", "torch", "nccl"}))
+    target = gpu if device == Device.cuda else Target("cpu", world=tp)
+    config = read_config(settings or (), strict=strict)
+    command.run(_console(), model, tp, dtype.value, target, config, html, json)
+
+
+@app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, links and back ends: what is usable and why not."""
     from json import dumps

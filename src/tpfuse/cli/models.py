@@ -196,6 +196,22 @@ def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> Pre
     return model.to(device)
 
 
+def build(config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Rank 0's shard without weights: tensors on the meta device.  The process group, real or fake, must be there."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    if tp > 1:
+        from transformers.distributed import DistributedConfig
+
+        wanted = DistributedConfig(tp_size=tp, tp_plan=overrides(config))
+        wanted, _, mesh = model.prepare_distribute_model(wanted)
+        model = model.maybe_distribute_model(model, wanted, mesh)
+        localise(model)
+    return model
+
+
 def localise(model: nn.Module) -> None:
     """Replace DTensor parameters by this rank's part.  The forward hooks of the plan work on those at inference anyway, and
     without them a graph holds no mesh and is traced in two thirds of the time."""
@@ -209,7 +225,7 @@ def localise(model: nn.Module) -> None:
 
 def quiet() -> None:
     """Models are local, and the command line has bars and messages of its own."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     for name in ("torchao", "torch.utils._pytree"):  # torchao, where installed, complains of kernels it does not need
         logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as messages

@@ -23,11 +23,16 @@ def show_outcome(console: Console, out: Outcome, prompt: str) -> None:
     if out.errors:
         console.print(errors(out))
     if out.report:
-        console.print(sites(out.report["events"]))
-        for row in out.report["ranges"]:
-            console.print(f"graph {row['graph']}, tokens {tokens(row['range'])}: {_counts(row['ops'])}", highlight=False)
-        if out.report["verified"]:
-            console.print(verified(out.report["verified"]))
+        show_report(console, out.report)
+
+
+def show_report(console: Console, report: Mapping[str, Any]) -> None:
+    """A report, in the form of its JSON: the sites, the operators of every graph, what was verified."""
+    console.print(sites(report["events"]))
+    for row in report["ranges"]:
+        console.print(f"graph {row['graph']}, tokens {tokens(row['range'])}: {_counts(row['ops'])}", highlight=False)
+    if report["verified"]:
+        console.print(verified(report["verified"]))
 
 
 def times(out: Outcome) -> Table:
@@ -56,6 +61,17 @@ def sites(events: Iterable[Mapping[str, Any]]) -> Table:
     for name in ("Status", "Rule or operator", "Site", "Tokens", "Kernel", "Reason"):
         table.add_column(name, overflow="fold")
     table.add_column("Sites", justify="right")
+    for (status, *rest), count in site_rows(events).items():
+        style = STYLES.get(status, "")
+        table.add_row(f"[{style}]{status}[/{style}]", *map(_escape, rest), str(count))
+    return table
+
+
+def site_rows(events: Iterable[Mapping[str, Any]]) -> Counter[tuple[str, ...]]:
+    """How many sites there are of each (status, rule, site without layer number, tokens, kernel, reason).
+
+    events: those of a report's JSON.  A kernel stands with the rule that fired; operators that no rule made get a row.
+    """
     events = list(events)
     kernels = {_place(e): str(e["attributes"]["kernel"]) for e in events if "kernel" in e["attributes"]}
     fired = {_place(e) for e in events if e["status"] == "fired"}
@@ -69,10 +85,7 @@ def sites(events: Iterable[Mapping[str, Any]]) -> Table:
             event["status"], event["rule"], numberless(event["site"]), tokens(event["range"]), kernel,
             ": ".join(filter(None, (reason.get("code"), reason.get("detail")))),
         ] += 1  # fmt: skip
-    for (status, *rest), count in groups.items():
-        style = STYLES.get(status, "")
-        table.add_row(f"[{style}]{status}[/{style}]", *map(_escape, rest), str(count))
-    return table
+    return groups
 
 
 def verified(rows: Iterable[Mapping[str, Any]]) -> Table:
