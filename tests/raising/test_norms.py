@@ -117,9 +117,17 @@ NEAR_MISSES = {
     "epsilon": lambda x, w: x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True).clamp_min(1e-6)),
     "root_cast": lambda x, w: x * statistics(x).to(x.dtype),
     "other_product": lambda x, w: x.float().exp() * statistics(x),
+    "other_precision": lambda x, w: x.double() * statistics(x),
     "not_a_norm": lambda x, w: torch.rsqrt(x.float().exp()),
     "low_precision": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
 }
+
+
+def test_mean_in_another_precision() -> None:
+    def model(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + 1e-6)
+
+    assert raised(model, rows(torch.float32)).reasons == ["other_precision"]
 
 
 def test_layer_norm_by_hand() -> None:

@@ -164,6 +164,8 @@ def _raise_product(found: Statistics, root: fx.Node, user: fx.Node) -> Decline |
         if any(f is found.x or f is found.wide for f in factors(other)) or _is_vector(other, found.x):
             return Decline("product_order", "the weight is multiplied in before the root")
         return Decline("other_product", f"the root multiplies {other}, not what its mean square is of")
+    if {tensor(root).dtype, tensor(user).dtype} != {tensor(found.wide).dtype}:
+        return Decline("other_precision", f"the root is {tensor(root).dtype}, its product {tensor(user).dtype}")
     if tensor(root).dim() != tensor(found.x).dim() or not same(tensor(root).shape[-1], 1):
         return Decline("axis", "the root is not broadcast along the last dimension")
     tail = next(_tails(found, user))
