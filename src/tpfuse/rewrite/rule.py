@@ -112,6 +112,23 @@ class Match:
         return None
 
 
+    def tangled(self) -> fx.Node | None:
+        """An argument that depends on what is matched (the scale of all tokens of a norm's result), or None."""
+        inside = set(self.calls())
+        first = min(inside)
+        for argument in self.args.values():
+            pending = [argument] if isinstance(argument, fx.Node) else []
+            seen: set[fx.Node] = set()
+            while pending:
+                node = pending.pop()
+                if node in inside:
+                    return argument
+                if node not in seen and not node < first:
+                    seen.add(node)
+                    pending += node.all_input_nodes
+        return None
+
+
 def find_match(rule: Rule, node: fx.Node) -> Match | Decline | None:
     """Where `node` is the rule's anchor: a match, or why it is none; None where the node is of another kind."""
     if node.op != "call_function" or node.target != rule.anchor.target:
@@ -123,12 +140,12 @@ def find_match(rule: Rule, node: fx.Node) -> Match | Decline | None:
             continue
         args = {k: match.args.get(k, d) for k, d in _defaults(rule.op).items()}
         match.args = args
-        user = match.escaping()
-        declined = (
-            Decline("second_user", f"an inner result is used by {user.name} ({user.target}) as well")
-            if user is not None
-            else rule.op.guard({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in args.items()})
-        )
+        if (user := match.escaping()) is not None:
+            declined = Decline("second_user", f"an inner result is used by {user.name} ({user.target}) as well")
+        elif (argument := match.tangled()) is not None:
+            declined = Decline("depends_on_result", f"{argument.name} is computed from a result of what would be fused")
+        else:
+            declined = rule.op.guard({k: v.meta["val"] if isinstance(v, fx.Node) else v for k, v in args.items()})
         if declined is None:
             return match
         reason = declined
