@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpfuse.compiler import backend, compile, explain, inductor_pass, last_report
     from tpfuse.config import Config
-    from tpfuse.kernels.workspace import prepare, release, restore
     from tpfuse.report import Decline, Event, FusionError, Report
     from tpfuse.runtime.dispatch import warmup
+    from tpfuse.runtime.workspaces import prepare, release, restore
     from tpfuse.target import Range, Target
 
 _HOMES = {
     "compile": "compiler", "backend": "compiler", "last_report": "compiler", "explain": "compiler", "inductor_pass": "compiler",
     "Config": "config", "Decline": "report", "Event": "report", "FusionError": "report", "Report": "report",
     "warmup": "runtime.dispatch",
-    "prepare": "kernels.workspace", "release": "kernels.workspace", "restore": "kernels.workspace",
+    "prepare": "runtime.workspaces", "release": "runtime.workspaces", "restore": "runtime.workspaces",
     "Range": "target", "Target": "target",
 }  # fmt: skip
 

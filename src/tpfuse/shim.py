@@ -37,6 +37,33 @@ def join_fake_group(world: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
 
 
+def group_of(group: Any) -> dist.ProcessGroup:
+    """A process group from itself, from its c10d name or from one dimension of a DeviceMesh."""
+    if isinstance(group, str):
+        return resolve_group(group)
+    return group.get_group() if hasattr(group, "get_group") else group
+
+
+def group_store(group: dist.ProcessGroup) -> dist.Store:
+    """The store of the ranks of `group`."""
+    return dist.distributed_c10d._get_process_group_store(group)  # type: ignore[attr-defined]
+
+
+def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[int], Any]:
+    """A buffer of `size` bytes (int8, on the current CUDA device) that all ranks of `group` can write, an allocation of
+    its own; the addresses of all ranks' buffers as mapped here; what keeps the mappings alive.  Collective.  No
+    multicast object is created."""
+    import os
+
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int8, torch.device("cuda", torch.cuda.current_device()))
+    handle = _SymmetricMemory.rendezvous(buffer, group.group_name)
+    offset = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]
+    return buffer, [address + offset for address in handle.buffer_ptrs], handle
+
+
 def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]) -> Any:
     """Inductor from the Dynamo level down, `inner` in place of its graph compiler, AOTAutograd's own cache off: with it on,
     another run's artifact of the same Dynamo graph would be executed and `inner` never called."""
@@ -114,6 +141,14 @@ def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int, int | None]:
     bounds = value.node.shape_env.var_to_range[symbol]
     upper = None if not bounds.upper.is_Integer else int(bounds.upper)
     return int(bounds.lower), upper
+
+
+def upper_bound(value: Any) -> int | None:
+    """The largest value that a size can have: itself, or what its graph's guards leave; None without a bound."""
+    if not isinstance(value, SymInt):
+        return int(value)
+    bound = value.node.shape_env.bound_sympy(value.node.expr).upper
+    return int(bound) if bound.is_Integer else None
 
 
 def fresh_symbol(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> Any:

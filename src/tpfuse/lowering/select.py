@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from tpfuse.ir.op import Kernel, Op, find
+from tpfuse.lowering import triton_kernels as _registered  # noqa: F401
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse

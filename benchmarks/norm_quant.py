@@ -1,0 +1,127 @@
+"""Time norm + quantise and activation + quantise on one GPU against torch.compile's kernels.
+
+    python benchmarks/norm_quant.py --out benchmarks/results/norm_quant-h200-1.json
+
+Every point is a CUDA graph of `CALLS` calls, each on tensors of its own, replayed alternately with the peer's graph; the
+median of the replays is reported.  `limit_us`: each input read once, each output written once, at the speed that a large
+device-to-device copy reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import Timer, environment, write
+
+from tpfuse.formats.nvfp4 import encode_e2m1, pack
+from tpfuse.ir.samples import rows, vector
+from tpfuse.kernels import norm_quant
+
+CALLS = 12
+SCHEMES = (("fp8_tensor", "row"), ("fp8_token", "row"), ("fp8_group128", "row"), ("nvfp4", "linear"))
+TOKENS = (1, 8, 64, 512, 2048, 8192)
+
+
+def plain_quantise(y: torch.Tensor, scale: torch.Tensor | None, scheme: str) -> tuple[torch.Tensor, ...]:
+    """The scheme as a model spells it."""
+    wide = y.float()
+    if scheme == "fp8_tensor":
+        return ((wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn),)
+    if scheme == "nvfp4":
+        assert scale is not None
+        blocks = wide.unflatten(-1, (-1, 16))
+        block_scales = (blocks.abs().amax(-1, keepdim=True) / 6 * scale).clamp(max=448).to(torch.float8_e4m3fn)
+        widened = block_scales.float()
+        codes = encode_e2m1(blocks * torch.where(widened == 0, 0.0, scale / widened))
+        return pack(codes.flatten(-2)), block_scales
+    blocks = wide.unflatten(-1, (-1, 128)) if scheme == "fp8_group128" else wide.unsqueeze(-2)
+    scales = (blocks.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-10)
+    return (blocks / scales).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(-2), scales.squeeze(-1)
+
+
+def plain_norm(x, residual, weight, scale, scheme):
+    h = x + residual
+    wide = h.float()
+    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
+    return *plain_quantise(y, scale, scheme), h
+
+
+def plain_act(both, scale, scheme):
+    gate, up = both.chunk(2, -1)
+    return plain_quantise(torch.nn.functional.silu(gate) * up, scale, scheme)
+
+
+def norm_point(tokens: int, hidden: int, scheme: str, layout: str, compiled: Callable[..., Any]) -> dict[str, list[Any]]:
+    scale = scale_of(scheme)
+    shape: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": torch.bfloat16, "device": "cuda"}
+    weight = vector(**shape)
+    sets = [(rows(**shape, seed=i), rows(**shape, seed=50 + i)) for i in range(min(CALLS, 2 if tokens > 2048 else CALLS))]
+
+    def ours(i: int) -> Any:
+        args = (*sets[i % len(sets)], weight, scale, 1e-6, 0.0, "cast_first", scheme, layout)
+        return norm_quant.add_rms_norm_quantize(*args, alive=(True, True, False, True))
+
+    return {"ours": [ours], "peer": [lambda i: compiled(*sets[i % len(sets)], weight, scale, scheme)]}
+
+
+def act_point(tokens: int, width: int, scheme: str, layout: str, compiled: Callable[..., Any]) -> dict[str, list[Any]]:
+    scale = scale_of(scheme)
+    shape: dict[str, Any] = {"tokens": tokens, "hidden": 2 * width, "dtype": torch.bfloat16, "device": "cuda"}
+    sets = [rows(**shape, seed=i) * 700 for i in range(min(CALLS, 2 if tokens > 512 else CALLS))]
+
+    def ours(i: int) -> Any:
+        gate, up = sets[i % len(sets)].chunk(2, -1)
+        return norm_quant.act_and_mul_quantize(gate, up, scale, "silu", scheme, layout, alive=(True, True, False))
+
+    return {"ours": [ours], "peer": [lambda i: compiled(sets[i % len(sets)], scale, scheme)]}
+
+
+def scale_of(scheme: str) -> torch.Tensor | None:
+    value = {"fp8_tensor": 0.03, "nvfp4": 200.0}.get(scheme)
+    return None if value is None else torch.tensor([value], device="cuda")
+
+
+def moved(op: str, tokens: int, width: int, scheme: str) -> float:
+    """Bytes in and out."""
+    out = {"fp8_tensor": 1.0, "fp8_token": 1.0, "fp8_group128": 1 + 4 / 128, "nvfp4": 0.5 + 1 / 16}[scheme]
+    return tokens * width * ((6 if op == "add_rms_norm_quantize" else 4) + out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--commit", default="unknown", help="the git commit measured")
+    parser.add_argument("--trials", type=int, default=20)
+    args = parser.parse_args()
+    timer = Timer(CALLS, args.trials)
+    bandwidth = timer.copy_bandwidth()
+    found: list[dict[str, Any]] = []
+    points = (("add_rms_norm_quantize", 8192, norm_point, plain_norm), ("act_and_mul_quantize", 14336, act_point, plain_act))
+    for op, width, point, plain in points:
+        for scheme, layout in SCHEMES:
+            torch.compiler.reset()
+            compiled = torch.compile(plain, dynamic=True)
+            for tokens in TOKENS:
+                made = point(tokens, width, scheme, layout, compiled)
+                ours, peer = made["ours"][0], made["peer"][0]
+                impls = {"tpfuse:norm_quant": ours, "tpfuse:norm_quant (A/A)": ours, "inductor": peer}
+                times = timer.alternate(impls)
+                for impl, samples in times.items():
+                    found.append(
+                        {
+                            "op": op, "scheme": scheme, "dtype": "bfloat16", "tokens": tokens, "hidden": width, "world": 1,
+                            "impl": impl, **timer.summary(samples),
+                            "limit_us": moved(op, tokens, width, scheme) / bandwidth * 1e6,
+                            "launches": timer.launches(impls[impl]), "samples": samples,
+                        }
+                    )  # fmt: skip
+                last = {row["impl"]: row["us"] for row in found[-3:]}
+                print(f"{op} {scheme:13} {tokens:5} x {width}: " + "  ".join(f"{k} {v:.1f}" for k, v in last.items()), flush=True)
+    write(args.out, "norm_quant", 1, found, {"commit": args.commit, **environment(), "copy_bandwidth": bandwidth})
+
+
+if __name__ == "__main__":
+    main()

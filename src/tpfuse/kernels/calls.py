@@ -1,0 +1,160 @@
+"""Calls of the norm operators as data: what every kernel of the family needs, whatever its algorithm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpfuse.formats import Layout, Scheme, quantize_fake
+from tpfuse.ir.norm import Rounding
+
+from .rows import DYNAMIC, NO_SCHEME, NVFP4, TENSOR
+
+NO_QUANTISE: dict[str, Any] = {
+    "SCHEME": NO_SCHEME.value, "GROUP": 1, "INVERT": False, "FLOOR": 0.0, "LOW": 0.0, "HIGH": math.inf, "POW2": False,
+    "PACKED": False, "TILE": 1,
+}  # fmt: skip
+
+
+class Outputs(NamedTuple):
+    """Results of the family; those nobody wants are empty."""
+
+    q: Tensor
+    scales: Tensor
+    norm: Tensor
+    reduced: Tensor  # what the norm was taken of: the sum, with bias, alpha and residual
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """h = residual + alpha * (sum of x + bias), norm of h, quantised; `alive`: which of `Outputs` are wanted.
+
+    x, residual: [..., hidden], one dtype.  With `sandwich`: h = residual + norm(sum of x), then a norm by weight2, eps2.
+    """
+
+    operator: str
+    x: Tensor
+    alive: tuple[bool, bool, bool, bool]
+    weight: Tensor | None
+    eps: float
+    weight_bias: float
+    rounding: str
+    group: str = ""
+    residual: Tensor | None = None
+    bias: Tensor | None = None
+    alpha: float = 1.0
+    weight2: Tensor | None = None
+    eps2: float = 0.0
+    sandwich: bool = False
+    scale: Tensor | None = None
+    scheme: str = ""
+    layout: str = ""
+
+    @property
+    def quantised(self) -> bool:
+        return bool(self.scheme) and (self.alive[0] or self.alive[1])
+
+    def outputs(self) -> Outputs:
+        x = self.x
+        q, scales = quantize_fake(x, self.scheme, self.layout) if self.quantised else (x.new_empty(0), x.new_empty(0))
+        dtype = torch.float32 if Rounding.parse(self.rounding).keep_f32 else x.dtype
+        norm = x.new_empty(x.shape if self.alive[2] else (0,), dtype=dtype)
+        return Outputs(q, scales, norm, x.new_empty(x.shape if self.alive[3] else (0,)))
+
+    def results(self, outputs: Outputs) -> tuple[Tensor, ...]:
+        """The operator's tuple."""
+        return tuple(outputs) if self.scheme else (outputs.norm, outputs.reduced)
+
+    def operands(self, x: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
+        """The kernels' pointers after x; `x` itself stands in for those that are absent."""
+        q, scales = quantised_views(outputs.q, outputs.scales, self.scheme)
+        residual = x if self.residual is None else rows_of(self.residual)
+        absent = (x if t is None else t.contiguous() for t in (self.bias, self.weight, self.weight2, self.scale))
+        return residual, *absent, outputs.norm, outputs.reduced, q, scales
+
+    def numbers(self, outputs: Outputs) -> tuple[int | float, ...]:
+        return *scale_strides(outputs.scales), self.alpha, self.eps, self.eps2, self.weight_bias
+
+    def flags(self, block: int) -> dict[str, Any]:
+        """Compile-time constants for rows of `block` columns."""
+        scheme = scheme_constants(self.scheme, self.layout, block) if self.quantised else NO_QUANTISE
+        return {
+            "RESIDUAL": self.residual is not None, "BIAS": self.bias is not None, "ALPHA": self.alpha != 1.0,
+            "WEIGHT": self.weight is not None, "WEIGHT2": self.weight2 is not None, "SANDWICH": self.sandwich,
+            "NORM": self.alive[2], "REDUCED": self.alive[3], "GIVEN": self.quantised and self.scale is not None,
+            **scheme,
+        }  # fmt: skip
+
+
+def all_reduce_rms_norm(x, weight, bias, eps, weight_bias, rounding, group, *, alive) -> NormCall:
+    return NormCall(
+        "all_reduce_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group, bias=bias
+    )
+
+
+def all_reduce_add_rms_norm(
+    x, residual, weight, bias, alpha, eps, weight_bias, rounding, group, *, alive
+) -> NormCall:  # fmt: skip
+    return NormCall(
+        "all_reduce_add_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group,
+        residual=residual, bias=bias, alpha=alpha,
+    )  # fmt: skip
+
+
+def all_reduce_rms_norm_quantize(
+    x, weight, bias, scale, eps, weight_bias, rounding, scheme, layout, group, *, alive
+) -> NormCall:  # fmt: skip
+    return NormCall(
+        "all_reduce_rms_norm_quantize", x, alive, weight, eps, weight_bias, rounding, group, bias=bias, scale=scale,
+        scheme=scheme, layout=layout,
+    )  # fmt: skip
+
+
+def all_reduce_add_rms_norm_quantize(
+    x, residual, weight, bias, scale, alpha, eps, weight_bias, rounding, scheme, layout, group, *, alive
+) -> NormCall:  # fmt: skip
+    return NormCall(
+        "all_reduce_add_rms_norm_quantize", x, alive, weight, eps, weight_bias, rounding, group, residual=residual,
+        bias=bias, alpha=alpha, scale=scale, scheme=scheme, layout=layout,
+    )  # fmt: skip
+
+
+def all_reduce_rms_norm_add_rms_norm(
+    x, residual, weight, weight2, eps, eps2, weight_bias, rounding, group, *, alive
+) -> NormCall:  # fmt: skip
+    return NormCall(
+        "all_reduce_rms_norm_add_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group,
+        residual=residual, weight2=weight2, eps2=eps2, sandwich=True,
+    )  # fmt: skip
+
+
+def scheme_constants(scheme: str, layout: str, block: int) -> dict[str, Any]:
+    """The compile-time constants of `rows.quantise_row` for rows of `block` columns."""
+    what, where = Scheme.parse(scheme).meaning(), Layout.parse(layout)
+    kind = NVFP4 if not what.is_fp8 else DYNAMIC if what.is_dynamic else TENSOR
+    return {
+        "SCHEME": kind.value, "GROUP": what.group or block, "INVERT": what.mul or what.div, "FLOOR": float(what.floor),
+        "LOW": float(what.amax_min or 0.0), "HIGH": math.inf if what.amax_max is None else float(what.amax_max),
+        "POW2": where.power_of_two, "PACKED": where.ue8m0_packed, "TILE": where.tile_rows,
+    }  # fmt: skip
+
+
+def quantised_views(q: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """NVFP4's bytes as int8, which is how the kernels write them."""
+    if scheme and q.dtype == torch.uint8:
+        return q.view(torch.int8), scales.view(torch.int8)
+    return q, scales
+
+
+def scale_strides(scales: Tensor) -> tuple[int, int]:
+    return (scales.stride(0), scales.stride(1)) if scales.dim() == 2 else (0, 0)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., hidden] -> [tokens, hidden], contiguous and 16-byte aligned; a copy only where it is not."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.is_contiguous() and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)

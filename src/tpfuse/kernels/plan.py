@@ -1,0 +1,112 @@
+"""Launch plans and workspace layouts: pure functions of sizes, without a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VECTOR_BYTES = 16
+MAX_HIDDEN = 16384
+MAX_WORLD = 8
+SLOTS = 3
+ALIGNMENT = 128
+# Registers a thread may take.  At 64, THREADS_PER_SM threads fit an SM whatever the kernel: what a grid relies on when
+# its blocks wait for one another.
+MAX_REGISTERS = 64
+THREADS_PER_SM = 65536 // MAX_REGISTERS
+# The largest message of the one-shot, over all peers together, and of one launch of the two-shot.
+ONE_SHOT_BYTES = 16 << 20
+TWO_SHOT_BYTES = 32 << 20
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def align(size: int, multiple: int = ALIGNMENT) -> int:
+    return ceil_div(size, multiple) * multiple
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How a block holds one row: `vectors` 16-byte vectors (a power of two, covering the row), `warps` warps."""
+
+    vectors: int
+    block: int  # columns: vectors * 16 / itemsize
+    warps: int
+
+    @staticmethod
+    def of(hidden: int, itemsize: int, vectors_per_thread: int = 1) -> RowPlan:
+        """One vector a thread where 1024 threads suffice.  At least 512 columns, so that every group layout fits."""
+        per_vector = VECTOR_BYTES // itemsize
+        vectors = 1 << (max(ceil_div(hidden, per_vector), 512 // per_vector) - 1).bit_length()
+        return RowPlan(vectors, vectors * per_vector, min(32, max(1, vectors // 32 // vectors_per_thread)))
+
+
+def resident_blocks(sms: int, warps: int, concurrency: int = 1) -> int:
+    """Blocks of `warps` warps that are certainly resident at once when `concurrency` such kernels run side by side."""
+    return max(1, sms * max(1, THREADS_PER_SM // (32 * warps)) // concurrency)
+
+
+@dataclass(frozen=True)
+class ChannelLayout:
+    """Where things lie in a rank's receive buffer of one channel.  Sizes and offsets in bytes.
+
+    One-shot: three slots of `world - 1` sections of `one_shot` bytes, one per peer in rank order.
+    Two-shot: three slots, each of `world - 1` sections of `inbox` bytes (the peers' partial rows of this rank's shard)
+    and an outbox of `outbox` bytes (the finished rows of all ranks) with `scales` bytes for their scales.
+    """
+
+    world: int
+    one_shot: int
+    inbox: int
+    outbox: int
+    scales: int
+
+    @staticmethod
+    def of(world: int, max_tokens: int, hidden: int, itemsize: int) -> ChannelLayout:
+        """Room for messages of up to `max_tokens` rows; longer ones go in several launches."""
+        if not 2 <= world <= MAX_WORLD:
+            raise ValueError(f"world size {world}: 2 to {MAX_WORLD} are supported")
+        if min(max_tokens, hidden, itemsize) < 1:
+            raise ValueError(f"{max_tokens} tokens of {hidden} x {itemsize} bytes: all must be positive")
+        row = align(hidden * itemsize, VECTOR_BYTES)
+        one_shot_rows = max(1, min(max_tokens, ONE_SHOT_BYTES // (world - 1) // row))
+        shard = max(1, ceil_div(min(max_tokens, TWO_SHOT_BYTES // row), world))
+        scales = align(ceil_div(hidden, 64) * 4, VECTOR_BYTES)  # FP32 per group of 64; NVFP4's are a quarter of a byte
+        return ChannelLayout(
+            world, align(one_shot_rows * row), align(shard * row), align(shard * world * row),
+            align(shard * world * scales),
+        )  # fmt: skip
+
+    @property
+    def one_shot_slot(self) -> int:
+        return (self.world - 1) * self.one_shot
+
+    @property
+    def two_shot_offset(self) -> int:
+        return SLOTS * self.one_shot_slot
+
+    @property
+    def outbox_offset(self) -> int:
+        """Of the outbox within a two-shot slot."""
+        return (self.world - 1) * self.inbox
+
+    @property
+    def scales_offset(self) -> int:
+        return self.outbox_offset + self.outbox
+
+    @property
+    def two_shot_slot(self) -> int:
+        return self.scales_offset + self.scales
+
+    @property
+    def total(self) -> int:
+        return self.two_shot_offset + SLOTS * self.two_shot_slot
+
+    def one_shot_rows(self, row_bytes: int) -> int:
+        """Rows of one one-shot launch; 0 where not even one fits."""
+        return self.one_shot // row_bytes
+
+    def two_shot_rows(self, row_bytes: int) -> int:
+        """Rows of one two-shot launch; 0 where not even one a rank fits."""
+        return min(self.inbox // row_bytes * self.world, self.outbox // row_bytes)

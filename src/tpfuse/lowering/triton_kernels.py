@@ -1,0 +1,112 @@
+"""Registers the Triton kernels on their operators, and says why one cannot serve.  Imports no kernel.
+
+Until a table has been measured, a collective's algorithm goes by what crosses the links: the one-shot sends N - 1 copies
+of the message and waits once, the two-shot sends 2 (N - 1) / N and waits twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tpfuse.formats import Scheme
+from tpfuse.ir import fused
+from tpfuse.ir.op import Args, Op
+from tpfuse.report import Decline
+from tpfuse.shim import upper_bound
+from tpfuse.target import Target
+
+MAX_HIDDEN = 16384
+MAX_ACT_HIDDEN = 32768  # where one scale spans the row
+MAX_WORLD = 8
+DTYPES = (torch.bfloat16, torch.float16)
+# Bytes to the peers up to which the one-shot is taken: 4 MiB, where both take the same time on two H100s.
+ONE_SHOT_LIMIT = 4 << 20
+
+Supports = Callable[[Args, Target], Decline | None]
+
+
+def norm_supports(args: Args, target: Target) -> Decline | None:
+    """For rows of one norm, on one GPU."""
+    x = args["x"]
+    hidden = x.shape[-1]
+    if reason := _device(target) or _rows(args, ("residual",)):
+        return reason
+    if hidden > MAX_HIDDEN:
+        return Decline("hidden_too_large", f"rows of {hidden} do not fit the registers of one block: at most {MAX_HIDDEN}")
+    return None
+
+
+def act_supports(args: Args, target: Target) -> Decline | None:
+    """For a gated activation."""
+    hidden = args["gate"].shape[-1]
+    if reason := _device(target) or _rows({**args, "x": args["gate"]}, ("up",)):
+        return reason
+    if Scheme.parse(args["scheme"]).name == "fp8_token" and hidden > MAX_ACT_HIDDEN:
+        return Decline("hidden_too_large", f"one scale for a row of {hidden}: at most {MAX_ACT_HIDDEN}")
+    return None
+
+
+def collective_supports(args: Args, target: Target) -> Decline | None:
+    """For a collective and the norm behind it, whatever the algorithm."""
+    if not 2 <= target.world <= MAX_WORLD:
+        return Decline("world_size", f"{target.world} ranks: 2 to {MAX_WORLD} are supported")
+    if not target.peer_access:
+        return Decline("no_peer_access", "the ranks cannot map each other's memory")
+    return norm_supports(args, target)
+
+
+def one_shot_supports(args: Args, target: Target) -> Decline | None:
+    """For messages small enough to be sent whole to every peer."""
+    if reason := collective_supports(args, target):
+        return reason
+    x = args["x"]
+    elements = upper_bound(x.numel())
+    if elements is None or elements * x.element_size() * (target.world - 1) > ONE_SHOT_LIMIT:
+        return Decline("message_size", f"more than {ONE_SHOT_LIMIT >> 20} MiB to the peers: the two-shot sends less")
+    return None
+
+
+def _device(target: Target) -> Decline | None:
+    if target.device != "cuda" or target.sm < 90:
+        return Decline("no_sm_90", f"needs compute capability 9.0 or later, not {target.device} {target.sm}")
+    return None
+
+
+def _rows(args: Any, others: tuple[str, ...]) -> Decline | None:
+    x = args["x"]
+    if x.dtype not in DTYPES:
+        return Decline("dtype", f"bfloat16 and float16 are supported, not {x.dtype}")
+    if x.shape[-1] % 8:
+        return Decline("hidden_not_multiple_of_8", f"rows of {x.shape[-1]} are no whole 16-byte vectors")
+    for name in others:
+        other = args.get(name)
+        if other is not None and (other.dtype != x.dtype or other.shape[-1] != x.shape[-1]):
+            return Decline("row_dtype", f"{name} is {other.dtype}, the rows are {x.dtype}")
+    scale = args.get("scale")
+    if scale is not None and scale.numel() != 1:
+        return Decline("scale_shape", f"a given scale must be one number, not {list(scale.shape)}")
+    return None
+
+
+def _collective(op: Op) -> None:
+    for module, supports in (("two_shot", collective_supports), ("allreduce_norm", one_shot_supports)):
+        algorithm = "one_shot" if module == "allreduce_norm" else module
+        launch = f"tpfuse.kernels.{module}:{op.name}"
+        op.kernel("triton", launch, supports, algorithm, "tpfuse.runtime.workspaces:prepare")
+
+
+def _local(op: Op, supports: Supports) -> None:
+    op.kernel("triton", f"tpfuse.kernels.norm_quant:{op.name}", supports)
+
+
+for _op in (
+    fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
+    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize,
+):  # fmt: skip
+    _collective(_op)
+_local(fused.rms_norm_quantize, norm_supports)
+_local(fused.add_rms_norm_quantize, norm_supports)
+_local(fused.act_and_mul_quantize, act_supports)

@@ -1,0 +1,76 @@
+"""Which Triton kernel serves what, by constructed targets; no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.ir import fused
+from tpfuse.ir.op import Kernel, load
+from tpfuse.lowering.select import pick
+from tpfuse.report import Decline
+from tpfuse.target import Target
+
+H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton"}))
+
+
+def arguments(tokens: int = 4, hidden: int = 4096, dtype: torch.dtype = torch.bfloat16, **others: Any) -> dict[str, Any]:
+    x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+    weight = torch.empty(hidden, dtype=dtype, device="meta")
+    return {"x": x, "residual": x, "weight": weight, "bias": None, "scale": None, "scheme": "fp8_token", **others}
+
+
+def picked(args: dict[str, Any], target: Target = H100) -> str:
+    found = pick(fused.all_reduce_add_rms_norm_quantize, args, target, "auto")
+    return found.name if isinstance(found, Kernel) else found.detail
+
+
+def test_algorithm_goes_by_message_size() -> None:
+    assert picked(arguments(1)) == "triton:one_shot"
+    assert picked(arguments(512)) == "triton:one_shot"  # 4 MiB to one peer
+    assert picked(arguments(513)) == "triton:two_shot"
+    assert picked(arguments(512), Target("cuda", 90, 4, True, backends=H100.backends)) == "triton:two_shot"
+
+
+@pytest.mark.parametrize(
+    "args, target, code",
+    [
+        (arguments(hidden=4100), H100, "hidden_not_multiple_of_8"),
+        (arguments(hidden=16392), H100, "hidden_too_large"),
+        (arguments(dtype=torch.float32), H100, "dtype"),
+        (arguments(residual=torch.empty(4, 4096, device="meta")), H100, "row_dtype"),
+        (arguments(scale=torch.empty(4, device="meta")), H100, "scale_shape"),
+        (arguments(), Target("cuda", 90, 9, True, backends=H100.backends), "world_size"),
+        (arguments(), Target("cuda", 90, 2, False, backends=H100.backends), "no_peer_access"),
+        (arguments(), Target("cuda", 80, 2, True, backends=H100.backends), "no_sm_90"),
+    ],
+)
+def test_declines_are_named(args: dict[str, Any], target: Target, code: str) -> None:
+    found = pick(fused.all_reduce_add_rms_norm_quantize, args, target, "auto")
+    assert isinstance(found, Decline) and found.code == "no_kernel"
+    assert f"triton:one_shot: {code}" in found.detail and f"triton:two_shot: {code}" in found.detail
+
+
+def test_one_gpu_kernels() -> None:
+    gate = torch.empty(4, 28672, dtype=torch.bfloat16, device="meta")
+    args = {"gate": gate, "up": gate, "scale": None, "act": "silu", "scheme": "fp8_token", "layout": "row"}
+    found = pick(fused.act_and_mul_quantize, args, H100, "auto")
+    assert isinstance(found, Kernel) and found.name == "triton"
+    wide = torch.empty(4, 40960, dtype=torch.bfloat16, device="meta")
+    found = pick(fused.act_and_mul_quantize, {**args, "gate": wide, "up": wide}, H100, "auto")
+    assert isinstance(found, Decline) and "hidden_too_large" in found.detail
+
+
+def test_every_launcher_exists() -> None:
+    pytest.importorskip("triton")
+    for op in (
+        fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
+        fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.rms_norm_quantize,
+        fused.add_rms_norm_quantize, fused.act_and_mul_quantize,
+    ):  # fmt: skip
+        kernels = [k for k in op.kernels if k.backend == "triton"]
+        assert kernels
+        for kernel in kernels:
+            assert callable(load(kernel.launch))
