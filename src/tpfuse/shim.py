@@ -143,14 +143,6 @@ def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int, int | None]:
     return int(bounds.lower), upper
 
 
-def upper_bound(value: Any) -> int | None:
-    """The largest value that a size can have: itself, or what its graph's guards leave; None without a bound."""
-    if not isinstance(value, SymInt):
-        return int(value)
-    bound = value.node.shape_env.bound_sympy(value.node.expr).upper
-    return int(bound) if bound.is_Integer else None
-
-
 def fresh_symbol(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> Any:
     """A new symbol of `env` for a size between low and high whose value is now `hint`."""
     from torch._dynamo.source import ConstantSource

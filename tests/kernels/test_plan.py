@@ -13,6 +13,7 @@ from tpfuse.kernels.plan import (
     ChannelLayout,
     RowPlan,
     resident_blocks,
+    sends_whole,
 )
 
 WORLDS = range(2, 9)
@@ -78,3 +79,9 @@ def test_too_wide_a_row_does_not_fit() -> None:
 def test_nonsense_is_refused(world: int, tokens: int, hidden: int) -> None:
     with pytest.raises(ValueError):
         ChannelLayout.of(world, tokens, hidden, 2)
+
+
+def test_algorithm_goes_by_bytes_to_the_peers() -> None:
+    row = 4096 * 2
+    assert sends_whole(512 * row, 2) and not sends_whole(513 * row, 2)
+    assert sends_whole(170 * row, 4) and not sends_whole(171 * row, 4)

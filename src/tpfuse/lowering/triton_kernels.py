@@ -1,7 +1,7 @@
 """Registers the Triton kernels on their operators, and says why one cannot serve.  Imports no kernel.
 
-Until a table has been measured, a collective's algorithm goes by what crosses the links: the one-shot sends N - 1 copies
-of the message and waits once, the two-shot sends 2 (N - 1) / N and waits twice.
+A collective has three: `triton:one_shot`, `triton:two_shot`, and `triton`, which chooses between them at each launch by
+the message's size and is what lowering picks unless told otherwise.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ from tpfuse.formats import Scheme
 from tpfuse.ir import fused
 from tpfuse.ir.op import Args, Op
 from tpfuse.report import Decline
-from tpfuse.shim import upper_bound
 from tpfuse.target import Target
 
 MAX_HIDDEN = 16384
 MAX_ACT_HIDDEN = 32768  # where one scale spans the row
 MAX_WORLD = 8
 DTYPES = (torch.bfloat16, torch.float16)
-# Bytes to the peers up to which the one-shot is taken: 4 MiB, where both take the same time on two H100s.
-ONE_SHOT_LIMIT = 4 << 20
 
 Supports = Callable[[Args, Target], Decline | None]
 
@@ -58,17 +55,6 @@ def collective_supports(args: Args, target: Target) -> Decline | None:
     return norm_supports(args, target)
 
 
-def one_shot_supports(args: Args, target: Target) -> Decline | None:
-    """For messages small enough to be sent whole to every peer."""
-    if reason := collective_supports(args, target):
-        return reason
-    x = args["x"]
-    elements = upper_bound(x.numel())
-    if elements is None or elements * x.element_size() * (target.world - 1) > ONE_SHOT_LIMIT:
-        return Decline("message_size", f"more than {ONE_SHOT_LIMIT >> 20} MiB to the peers: the two-shot sends less")
-    return None
-
-
 def _device(target: Target) -> Decline | None:
     if target.device != "cuda" or target.sm < 90:
         return Decline("no_sm_90", f"needs compute capability 9.0 or later, not {target.device} {target.sm}")
@@ -92,10 +78,9 @@ def _rows(args: Any, others: tuple[str, ...]) -> Decline | None:
 
 
 def _collective(op: Op) -> None:
-    for module, supports in (("two_shot", collective_supports), ("allreduce_norm", one_shot_supports)):
-        algorithm = "one_shot" if module == "allreduce_norm" else module
+    for module, algorithm in (("allreduce_norm", "one_shot"), ("two_shot", "two_shot"), ("by_size", "")):
         launch = f"tpfuse.kernels.{module}:{op.name}"
-        op.kernel("triton", launch, supports, algorithm, "tpfuse.runtime.workspaces:prepare")
+        op.kernel("triton", launch, collective_supports, algorithm, "tpfuse.runtime.workspaces:prepare")
 
 
 def _local(op: Op, supports: Supports) -> None:
