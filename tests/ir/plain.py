@@ -79,6 +79,12 @@ def norm_and_turn(a, total):
     return tuple(turn(norm(a[x], a[f"{x}_weight"], a["eps"], a["weight_bias"]), a) for x in ("q", "k"))
 
 
+def attend(a, total):
+    scores = torch.einsum("bhqd,bhkd->bhqk", a["q"], a["k"]) * a["softmax_scale"] + a["mask"]
+    weights = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, a["v"]).flatten(-2)
+
+
 SPELLINGS = {
     "all_reduce": lambda a, total: total(a["x"]),
     "reduce_scatter": lambda a, total: total(a["x"]).chunk(total.world)[total.rank],
@@ -89,6 +95,8 @@ SPELLINGS = {
     "matmul": product,
     "rotary": lambda a, total: (turn(a["q"], a), turn(a["k"], a)),
     "qk_norm_rope": norm_and_turn,
+    "attention": attend,
+    "attention_quantize": quantised(attend),
     "quantize": lambda a, total: (saturate(a, a["x"]), None),
     "all_reduce_rms_norm": reduce_norm,
     "all_reduce_add_rms_norm": reduce_add_norm,

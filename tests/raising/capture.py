@@ -64,6 +64,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], dynamic: int | None = 0) 
         gm = make_fx(lambda *a: list(pytree.tree_leaves(fn(*a))), decomposition_table=table)(*fakes)
         # F.rms_norm is taken apart below functionalisation, into in-place steps: those go in a second pass
         gm = make_fx(torch.func.functionalize(gm, remove="mutations"), decomposition_table=table)(*fakes)
+    gm.graph.eliminate_dead_code()  # as AOTAutograd leaves graphs
     return gm, list(args)
 
 

@@ -8,6 +8,7 @@ from torch import fx
 
 from tpfuse.raising.activations import raise_activations
 from tpfuse.raising.adapters import raise_adapted
+from tpfuse.raising.attention import join_heads, raise_attention
 from tpfuse.raising.canonical import canonicalise, hoist_views
 from tpfuse.raising.collectives import raise_collectives
 from tpfuse.raising.matmuls import raise_matmuls
@@ -28,9 +29,11 @@ STEPS: list[Step] = [
     raise_norms,
     raise_rotary,
     raise_activations,
+    join_heads,
     raise_quants,
     raise_adapted,
     raise_scaled_matmuls,
+    raise_attention,
     raise_matmuls,
 ]
 

@@ -154,8 +154,8 @@ def _raise_dynamic(cast: fx.Node, x: fx.Node, dynamic: Dynamic, options: dict[st
     if is_call(x, *VIEWS):
         whole = x.args[0]
         source, last = tensor(whole).shape[-1], tensor(x).shape[-1]
-        if same(source, last):
-            whole = x
+        if same(source, last) or (isinstance(source, int) and isinstance(last, int) and source < last):
+            whole = x  # rows regrouped, or joined of heads
         elif tensor(x).dim() < 2 or not same(source, tensor(x).shape[-2] * last):
             return Decline("group_size", f"groups of {last} are cut across rows of {source}")
         elif last not in _GROUPS:

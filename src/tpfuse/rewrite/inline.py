@@ -109,23 +109,29 @@ def _over_lists(op: Op, args: Mapping[str, Any]) -> tuple[fx.Graph, dict[fx.Node
 
 
 def _traced(op: Op, inputs: Mapping[str, fx.Node], fixed: Mapping[str, Any]) -> fx.Graph:
-    """The body in aten for arguments of these shapes, under the fake mode and with the symbolic sizes of the graph."""
+    """`trace_body`, once for all arguments of the same shapes.  Its nodes have no metadata."""
     fakes = {k: fake(n) for k, n in inputs.items()}
     mode = detect_fake_mode(list(fakes.values()))
     assert mode is not None
     bodies = _bodies.setdefault(mode, {})
     key = (op.name, tuple((k, _layout(v)) for k, v in fakes.items()), tuple(fixed.items()))
     if key not in bodies:
-
-        def call(*values: Tensor) -> Any:
-            return op.reference(**fixed, **dict(zip(inputs, values, strict=True)))
-
-        with mode:
-            graph = make_fx(call, decomposition_table=decompositions())(*fakes.values()).graph
-        for node in graph.nodes:
+        bodies[key] = trace_body(op, fakes, fixed)
+        for node in bodies[key].nodes:
             node.meta.clear()  # fake values would keep their mode, the cache's key, alive
-        bodies[key] = graph
     return bodies[key]
+
+
+def trace_body(op: Op, fakes: Mapping[str, Tensor], fixed: Mapping[str, Any]) -> fx.Graph:
+    """The body in aten for these tensors and other arguments, under the fake mode and with the symbolic sizes of the tensors."""
+
+    def call(*values: Tensor) -> Any:
+        return op.reference(**fixed, **dict(zip(fakes, values, strict=True)))
+
+    mode = detect_fake_mode(list(fakes.values()))
+    assert mode is not None
+    with mode:
+        return make_fx(call, decomposition_table=decompositions())(*fakes.values()).graph
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
