@@ -88,6 +88,11 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return select_decomp_table()
 
 
+def tracing_under(mode: FakeTensorMode) -> AbstractContextManager[Any]:
+    """Inside, Inductor finds `mode` where Dynamo would have put its own; without one it does not use its cache."""
+    return torch._guards.tracing(torch._guards.TracingContext(mode))
+
+
 def inductor_patch(patches: dict[str, Any]) -> AbstractContextManager[Any]:
     import torch._inductor.config as inductor_config
 

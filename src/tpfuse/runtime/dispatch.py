@@ -197,12 +197,12 @@ class Dispatcher:
         self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
     ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
         """Inductor on the final graph, under symbols of its own; each rank of a host compiles what no other does."""
-        inputs, env, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
+        inputs, mode, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
         gm = fx.GraphModule(self.gm, graph)
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
 
         def build() -> Callable[[list[Any]], Any]:
-            with shim.inductor_patch(patches):
+            with shim.tracing_under(mode), shim.inductor_patch(patches):
                 return shim.compile_fx_inner(gm, inputs, **self.kwargs)
 
         if everyone and shim.fx_cache_on():
@@ -210,7 +210,7 @@ class Dispatcher:
         else:
             call = build()
         back = {new: old for old, new in symbols.items() if new.is_Symbol}
-        return call, [g.xreplace(back) for g in shim.guards_of(env)]
+        return call, [g.xreplace(back) for g in shim.guards_of(mode.shape_env)]
 
     def _dump(self, graph: fx.Graph, limits: Range, stage: str) -> None:
         if self.config.dump:

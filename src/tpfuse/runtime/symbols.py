@@ -57,14 +57,14 @@ class Bindings:
 
 def fresh_inputs(
     placeholders: Sequence[Any], values: dict[Any, int], tokens: Any, limits: Range
-) -> tuple[list[Any], shim.ShapeEnv, dict[Any, Any]]:
+) -> tuple[list[Any], shim.FakeTensorMode, dict[Any, Any]]:
     """Fake inputs like `placeholders` under a ShapeEnv of their own, hinted with `values`, the token symbol kept inside
     `limits` (and replaced by its number where they are a single size).
 
-    → (inputs, environment, {old symbol: new symbol or number}).
+    → (inputs, their fake mode, {old symbol: new symbol or number}).
     """
-    env = shim.ShapeEnv(duck_shape=False)
-    mode = shim.FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
+    mode = shim.FakeTensorMode(shape_env=shim.ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    env = mode.shape_env
     new: dict[Any, Any] = {}
     for value in placeholders:
         for symbol in shim.symbols_of(value):
@@ -97,4 +97,4 @@ def fresh_inputs(
                 inputs.append(torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device))
         else:
             inputs.append(convert(value))
-    return inputs, env, new
+    return inputs, mode, new
