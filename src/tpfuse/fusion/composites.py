@@ -16,6 +16,7 @@ from tpfuse.rewrite.order import ORDER, is_collective, latest_collective, number
 from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
 from tpfuse.rewrite.site import site_of
 
+SITES = ("rms_norm", "add_rms_norm", "quantize")  # beside collectives: what a report accounts for
 Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
@@ -116,7 +117,7 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
     events = []
     for node in graph.nodes:
         op = find(node.target)
-        if op is None or op.fuse not in (None, "always") or op.name in ("matmul", "act_and_mul", "rotary", "attention"):
+        if op is None or op.fuse not in (None, "always") or not (op.collective or op.name in SITES):
             continue
         if any((o := find(a.target)) is not None and o.fuse == "async_tp" for a in node.all_input_nodes):
             continue  # on own rows, the sum before it fused with its product

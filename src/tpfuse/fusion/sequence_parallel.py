@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx
 
 from tpfuse.formats import default_layout, scales_meta
-from tpfuse.fusion.rows import regroups, replicated, row_operands
+from tpfuse.fusion.rows import REDUCTIONS, regroups, replicated, row_operands
 from tpfuse.fusion.shards import Shards
 from tpfuse.ir.collective import world_size
 from tpfuse.ir.op import registry
@@ -26,6 +26,7 @@ from tpfuse.rewrite.order import ORDER, number_collectives
 from tpfuse.rewrite.site import site_of
 
 PASS = "sequence_parallel"
+NORMS = (registry["rms_norm"].default, registry["add_rms_norm"].default)
 
 
 @dataclass
@@ -118,7 +119,7 @@ def chains(graph: fx.Graph, group: str, shared: set[fx.Node]) -> Iterator[Chain]
         chain = Chain(group, [n for n in graph.nodes if n in part])
         chain.sums = [n for n in chain.nodes if _is_sum(n, group)]
         chain.gathered = [n for n in chain.nodes if _outside(n, part)]
-        if any(not _is_sum(n, group) and not regroups(n) for n in chain.nodes):
+        if chain.sums and any(not _is_sum(n, group) and not regroups(n) for n in chain.nodes):
             yield chain
 
 
@@ -141,7 +142,8 @@ def _own_rows(graph: fx.Graph, group: str, shared: set[fx.Node]) -> set[fx.Node]
                 own.add(node)
         elif node.op == "call_function" and node in shared and any(a in own for a in node.all_input_nodes):
             rows = row_operands(node, own.__contains__, shared)
-            if rows and any(a in own for a in rows):
+            # Nothing is narrower than quantised rows: they are gathered as they are, whatever follows.
+            if rows and any(a in own for a in rows) and (regroups(node) or not any(map(_is_quantised, rows))):
                 own.add(node)
     return own
 
@@ -183,11 +185,19 @@ def _structure(chain: Chain) -> Decline | None:
             f"{chain.gathers} gathers would move {chain.gathered_bytes} bytes a token, the {len(chain.sums)} sums "
             f"scatter {chain.reduced_bytes}",
         )
+    if not any(n.target in NORMS or n.target in REDUCTIONS for n in chain.nodes):
+        return Decline("no_norm", "its residual is needed whole after every sum: no norm would work on own rows")
     return None
 
 
+def _is_quantised(node: fx.Node) -> bool:
+    while regroups(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.target is operator.getitem and is_call(node.args[0], registry["quantize"].default)
+
+
 def _is_scales(node: fx.Node) -> bool:
-    return node.target is operator.getitem and node.args[1] == 1 and is_call(node.args[0], registry["quantize"].default)
+    return _is_quantised(node) and node.target is operator.getitem and node.args[1] == 1
 
 
 def _row_bytes(node: fx.Node) -> int:

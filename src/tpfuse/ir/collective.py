@@ -79,7 +79,7 @@ def all_gather(x: Tensor, group: str, rows: int | None = None) -> Tensor:
     return out if rows is None else out[:rows]
 
 
-@op(sample=_sample, fake=_own, rows="collective", opaque=lambda args: True)
+@op(sample=_sample, fake=_own, rows="mixing", opaque=lambda args: True)
 def shard_rows(x: Tensor, group: str) -> Tensor:
     """Own rows of a tensor that is the same on every rank, as `reduce_scatter(padded=True)` shares them out; no communication.
 

@@ -79,7 +79,7 @@ class Op:
         self.opaque = opaque
         self.kernels: list[Kernel] = [Kernel("reference", "", lambda args, target: None)]
         self.params = list(inspect.signature(reference).parameters)
-        self.collective = "group" in self.params
+        self.collective = rows == "collective"
         self.leaf_fake = fake
         self._register()
 
