@@ -1,0 +1,86 @@
+"""Tables of thresholds: reading, choosing, ranges from bytes, staleness."""
+
+import json
+
+import pytest
+import torch
+
+from tpfuse.lowering.table import BUILT_IN, Entry, Table
+
+VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
+SP = Entry("sequence_parallel", "bfloat16", 2, ((1 << 20, "off"), (None, "on")))
+WIDE = Entry("sequence_parallel", "bfloat16", 2, ((1 << 22, "off"), (None, "on")), hidden=8192)
+NORM = Entry("all_reduce_add_rms_norm", "bfloat16", 2, ((1 << 19, "triton:one_shot"), (None, "unfused")))
+TABLE = Table("2 x NVIDIA H100", VERSIONS, (SP, WIDE, NORM))
+
+
+def test_file_round_trip(tmp_path):
+    TABLE.save(tmp_path / "table.json")
+    assert Table.load(tmp_path / "table.json") == TABLE
+    assert Table.load(tmp_path / "table.json").digest == TABLE.digest != BUILT_IN.digest
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"machine": "", "versions": {}, "entries": [{"op": "x"}]}'], ids=["empty", "list", "none", "entry"]
+)
+def test_what_is_no_table(tmp_path, text):
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match="table.json is no table"):
+        Table.load(tmp_path / "table.json")
+
+
+@pytest.mark.parametrize("steps", [(), ((5, "on"),), ((None, "on"), (None, "off")), ((9, "a"), (5, "b"), (None, "c"))])
+def test_steps_ascend_and_end_open(steps):
+    with pytest.raises(ValueError, match="steps must ascend"):
+        Entry("sequence_parallel", "bfloat16", 2, steps)
+
+
+def test_a_step_holds_up_to_and_with_its_bytes():
+    assert [SP.choice(n) for n in (1, 1 << 20, (1 << 20) + 1)] == ["off", "off", "on"]
+
+
+def test_the_width_measured_wins_over_every_width():
+    assert TABLE.find("sequence_parallel", torch.bfloat16, 2, hidden=8192) == WIDE
+    assert TABLE.find("sequence_parallel", torch.bfloat16, 2, hidden=4096) == SP
+
+
+@pytest.mark.parametrize(
+    ("dtype", "world", "size", "code"),
+    [
+        (torch.bfloat16, 2, 1 << 20, "threshold"),
+        (torch.bfloat16, 2, (1 << 20) + 1, None),
+        (torch.float16, 2, 1 << 30, "unmeasured"),
+        (torch.bfloat16, 4, 1 << 30, "unmeasured"),
+    ],
+)
+def test_a_pass_that_does_not_pay_is_refused_by_name(dtype, world, size, code):
+    refused = TABLE.refuses("sequence_parallel", dtype, world, size, 4096)
+    assert (refused.code if refused else None) == code
+
+
+def test_nothing_measured_refuses_everything_and_cuts_no_range():
+    assert BUILT_IN.refuses("sequence_parallel", torch.bfloat16, 2, 1 << 30).code == "unmeasured"
+    assert BUILT_IN.thresholds([(torch.bfloat16, 2, 4096)]) == []
+
+
+def test_thresholds_in_tokens():
+    # 8 KiB a token: 512 KiB are 64 tokens, 1 MiB 128; at a width of 8192 the 4 MiB of its own entry are 256.
+    assert TABLE.thresholds([(torch.bfloat16, 2, 4096)]) == [64, 128]
+    assert TABLE.thresholds([(torch.bfloat16, 2, 8192)]) == [32, 256]
+    assert TABLE.thresholds([(torch.float32, 2, 4096)]) == []
+
+
+def test_stale():
+    assert TABLE.stale("2 x NVIDIA H100", VERSIONS) is None
+    other = TABLE.stale("2 x NVIDIA H200", {**VERSIONS, "flashinfer": "0.6.12"})
+    assert other.code == "stale_table"
+    assert "machine was 2 x NVIDIA H100, is 2 x NVIDIA H200" in other.detail
+    assert "flashinfer was none, is 0.6.12" in other.detail
+
+
+def test_json_is_what_the_docstring_shows():
+    data = json.loads(Table("m", VERSIONS, (SP,)).to_json())
+    assert data["entries"][0] == {
+        "op": "sequence_parallel", "dtype": "bfloat16", "world": 2, "scheme": "", "hidden": None,
+        "steps": [[1 << 20, "off"], [None, "on"]],
+    }  # fmt: skip
