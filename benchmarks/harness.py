@@ -14,11 +14,15 @@ import torch
 
 
 class Timer:
-    """Times functions of a call's index; `calls` of them to a graph, `trials` replays of each graph."""
+    """Times functions of a call's index; `calls` of them to a graph, `trials` replays of each graph.
 
-    def __init__(self, calls: int, trials: int) -> None:
+    step: called before each replay, to bring ranks into step.
+    """
+
+    def __init__(self, calls: int, trials: int, step: Callable[[], Any] = lambda: None) -> None:
         self.calls = calls
         self.trials = trials
+        self.step = step
 
     def graph(self, fn: Callable[[int], Any]) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()
@@ -26,6 +30,7 @@ class Timer:
             for i in range(3):
                 fn(i)
         torch.cuda.synchronize()
+        self.step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
             for i in range(self.calls):
@@ -39,6 +44,7 @@ class Timer:
         for trial in range(self.trials + 3):
             for name, graph in graphs.items():
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                self.step()
                 start.record()
                 graph.replay()
                 end.record()

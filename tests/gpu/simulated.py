@@ -34,9 +34,23 @@ class SimulatedRanks:
         self._known: set[Any] = set()
         torch.cuda.synchronize()
 
-    def __call__(self, launch: Callable[[Channel, Any], Any], calls: Sequence[Any]) -> list[Any]:
+    def poison(self, calls: Sequence[Any]) -> None:
+        """Fill the memory that the next call's results will lie in with NaN.  On all ranks before any of them begins: a
+        fill behind a rank that waits for this one might never get a multiprocessor."""
+        torch.use_deterministic_algorithms(True)  # which fills empty tensors
+        for stream, call in zip(self.streams, calls, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                call.outputs()
+        torch.use_deterministic_algorithms(False)
+
+    def __call__(
+        self, launch: Callable[[Channel, Any], Any], calls: Sequence[Any], poison: bool = True
+    ) -> list[Any]:  # fmt: skip
         """`launch(channel, call)` on every rank's stream, forked from the current one and joined to it (capturable)."""
         self._rehearse(launch, calls)
+        if poison:
+            self.poison(calls)
         main = torch.cuda.current_stream()
         start = main.record_event()
         results = []
@@ -60,7 +74,7 @@ class SimulatedRanks:
             with torch.cuda.stream(stream):
                 residual = None if call.residual is None else call.residual[:0]
                 launch(channel, replace(call, x=call.x[:0], residual=residual))
-                call.outputs()
+        self.poison(calls)
         torch.cuda.synchronize()
         self._known.add(key)
 

@@ -152,7 +152,7 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
         one_shot_kernel[(channel.blocks(end - first, plan.warps),)](
             *arguments, RANK=channel.rank, WORLD=channel.world, OPERATOR=OPERATORS.index(call.operator),
             VECTORS=plan.vectors, BLOCK=plan.block, ASM=channel.asm, **call.flags(plan.block),
-            **channel.options(plan.warps),
+            **channel.options(plan.warps, first == 0),
         )  # fmt: skip
     if not channel.asm:
         channel.check()

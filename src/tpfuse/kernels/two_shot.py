@@ -184,7 +184,7 @@ def two_shot(channel: Channel, call: NormCall) -> Outputs:
         two_shot_kernel[(channel.blocks(end - first, plan.warps, waiting=True),)](
             *arguments, RANK=channel.rank, WORLD=channel.world, OPERATOR=OPERATORS.index(call.operator),
             VECTORS=plan.vectors, BLOCK=plan.block, ASM=channel.asm, **call.flags(plan.block),
-            **channel.options(plan.warps),
+            **channel.options(plan.warps, first == 0),
         )  # fmt: skip
     if not channel.asm:
         channel.check()
