@@ -109,7 +109,7 @@ def _is(scale: Tensor, rows: Any, cols: Any) -> bool:
 def scales_of(node: Any) -> Any:
     """The scales as tpfuse.quantize returns them, where a node is only another shape of them."""
     source = node
-    while is_call(source, *VIEWS):
+    while is_call(source, *VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default):
         source = source.args[0]
     raised = is_call(source, operator.getitem) and is_call(source.args[0], registry["quantize"].default)
     return source if raised and source.args[1] == 1 else node
