@@ -110,13 +110,16 @@ def _console() -> Console:
 
 def main() -> None:
     """The command line; errors that were foreseen end it with one message and status 1."""
-    from tpfuse.cli.launch import RankError
+    from tpfuse.cli.launch import RankError, cause
     from tpfuse.cli.models import BadInput
     from tpfuse.report import FusionError
 
     try:
         app()
-    except (BadInput, FusionError, RankError, TimeoutError) as error:
+    except Exception as wrapped:
+        error = cause(wrapped)
+        if not isinstance(error, BadInput | FusionError | RankError | TimeoutError):
+            raise
         console = Console(stderr=True)
         if isinstance(error, RankError) and error.details:
             console.print(error.details.rstrip(), style="dim", highlight=False, markup=False)

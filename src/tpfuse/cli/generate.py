@@ -90,6 +90,8 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
     model = models.load(folder, job.tp, dtype, device)
     tokenizer = models.load_tokenizer(folder)
     ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"].to(device)
+    if not ids.numel():
+        raise models.BadInput("the prompt has no tokens")
     progress("loading", 2, 2)
 
     out = Outcome(prompt_tokens=ids.shape[1])

@@ -216,8 +216,14 @@ def _end_with(sentinel: int) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def cause(error: BaseException) -> BaseException:
+    """What a compile really failed of: Dynamo wraps a back end's error in one of its own."""
+    return getattr(error, "inner_exception", None) or error
+
+
 def describe(error: BaseException) -> str:
     """`Type: message`, without the type where the message was written for people."""
+    error = cause(error)
     plain = isinstance(error, ValueError | RuntimeError) and type(error).__module__.startswith("tpfuse")
     return str(error) if plain and str(error) else f"{type(error).__name__}: {error}"
 

@@ -138,7 +138,8 @@ def check_ranks(config: PreTrainedConfig, tp: int) -> None:
     if tp < 1:
         raise BadInput(f"--tp {tp}: at least one rank is needed")
     text = config.get_text_config()
-    sizes = {"attention heads": text.num_attention_heads, "key/value heads": getattr(text, "num_key_value_heads", None)}
+    heads = {"attention heads": text.num_attention_heads, "key/value heads": getattr(text, "num_key_value_heads", None)}
+    heads = {name: size for name, size in heads.items() if size}
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
 
@@ -146,11 +147,12 @@ def check_ranks(config: PreTrainedConfig, tp: int) -> None:
     plan = getattr(model, "tp_plan", None)
     if tp > 1 and not plan:
         raise BadInput(f"architecture {config.model_type!r}: its model has no tensor-parallel plan in transformers")
-    sizes.update(_sharded_widths(model, dict(plan or {})))
-    sizes = {name: size for name, size in sizes.items() if size}
-    wrong = [f"{size} {name}" for name, size in sizes.items() if size % tp]
+    widths = _sharded_widths(model, dict(plan or {}))
+    # Wrong heads make wrong widths, which then say nothing new.
+    wrong = [f"{n} {name}" for name, n in heads.items() if n % tp] or [f"{n} {name}" for name, n in widths.items() if n % tp]
     if wrong:
-        works = [n for n in range(1, text.num_attention_heads + 1) if not any(s % n for s in sizes.values())]
+        sizes = [*heads.values(), *widths.values()]
+        works = [n for n in range(1, text.num_attention_heads + 1) if not any(size % n for size in sizes)]
         raise BadInput(f"--tp {tp} does not divide {', '.join(wrong)}; --tp {' or '.join(map(str, works))} would work")
 
 

@@ -1,0 +1,65 @@
+"""The command line's own errors, and doctor."""
+
+import json
+
+import pytest
+
+from tpfuse.cli import doctor
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--tp", 3), "--tp 3 does not divide 2 key/value heads"),
+        (("--tp", 2, "--set", "fule=3"), "did you mean 'fuel'?"),
+        (("--tp", 2, "--set", "disable_passes=async_pt"), "did you mean 'async_tp'?"),
+        (("--tp", 2, "--set", "fuel"), "expected field=value"),
+        (("--tp", 2, "--compare", "--no-fuse"), "leave out --no-fuse"),
+    ],
+)
+def test_bad_options_end_before_a_rank_starts(llama, cli, monkeypatch, options, told):
+    monkeypatch.setattr("tpfuse.cli.run.launch", lambda *_, **__: pytest.fail("a rank was started"))
+    status, _, errors = cli("run", llama, *options)
+    assert status == 1
+    assert told in " ".join(errors.split())
+
+
+def test_more_ranks_than_gpus(llama, cli, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    status, _, errors = cli("run", llama, "--tp", 2, "--device", "cuda")
+    assert status == 1
+    assert "--tp 2, but 1 GPUs are visible" in errors
+
+
+def test_torchrun_with_another_number_of_ranks(llama, cli, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = cli("run", llama, "--tp", 3)
+    assert status == 1
+    assert "--tp 3, but 2 ranks were started" in errors
+
+
+def test_doctor_as_json(cli):
+    status, out, _ = cli("doctor", "--json")
+    facts = {fact["name"]: fact for fact in json.loads(out)}
+    assert status == 0
+    assert facts["torch"]["detail"].startswith("2.")
+    assert facts["reference"]["usable"] is True
+    assert {"C++", "triton", "flashinfer", "nccl", "gloo", "torch symmetric memory", "GGUF files"} <= facts.keys()
+
+
+def test_doctor_names_a_missing_compiler(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    status, out, _ = cli("doctor")
+    assert status == 0
+    assert "none of g++, clang++, c++ found: Inductor cannot compile for CPUs" in " ".join(out.split())
+
+
+def test_doctor_sees_a_compiler_given_by_name(monkeypatch, tmp_path):
+    compiler = tmp_path / "my-cxx"
+    compiler.write_text("#!/bin/sh\necho 'my compiler 1.2'\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    fact = next(f for f in doctor.examine() if f.name == "C++")
+    assert (fact.usable, fact.detail) == (True, "my compiler 1.2")
