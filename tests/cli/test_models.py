@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from tpfuse.cli import models
 from tpfuse.cli.models import BadInput
@@ -28,6 +29,60 @@ def gguf_file(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture
+def gguf_llama(tmp_path):
+    """A whole Llama of one layer as a GGUF file in FP32 → (path, its tensors by GGUF name)."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "whole.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-3)
+    writer.add_rope_dimension_count(8)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<pad>", "<s>", "</s>", *"abcdefgh", "ab"])
+    writer.add_token_types([3, 3, 3, *[1] * 9])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {"token_embd": (12, 32), "output_norm": (32,), "output": (12, 32)}
+    shapes |= {f"blk.0.{n}": (32, 32) for n in ("attn_q", "attn_output")}
+    shapes |= {f"blk.0.{n}": (16, 32) for n in ("attn_k", "attn_v")}
+    shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
+    shapes |= {"blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    rng = np.random.default_rng(0)
+    tensors = {f"{name}.weight": rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, tensors
+
+
+def test_a_gguf_file_is_dequantised_once(gguf_llama, tmp_path, monkeypatch):
+    path, tensors = gguf_llama
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = models.locate(str(path))
+    models.check_ranks(models.read_config(source), 2)
+    folder = models.dequantised(source, torch.float32)
+    model = models.load(folder, 1, torch.float32, torch.device("cpu"))
+    got = {k: v.numpy() for k, v in model.state_dict().items()}
+    np.testing.assert_array_equal(got["model.layers.0.self_attn.v_proj.weight"], tensors["blk.0.attn_v.weight"])
+    np.testing.assert_array_equal(got["model.layers.0.post_attention_layernorm.weight"], tensors["blk.0.ffn_norm.weight"])
+    np.testing.assert_array_equal(got["lm_head.weight"], tensors["output.weight"])
+    assert models.load_tokenizer(folder)("abc")["input_ids"] == [11, 5]
+    monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted again"))
+    assert models.dequantised(source, torch.float32) == folder
+    assert models.converted(source, torch.bfloat16) != folder
+    assert not [p for p in folder.parent.iterdir() if p not in (folder, folder.with_name(f"{folder.name}.lock"))]
 
 
 def test_nothing_there(tmp_path):
@@ -106,7 +161,7 @@ def test_widths_that_do_not_divide(copy):
 
 
 def test_fingerprints_tell_models_apart(llama, copy):
-    before = models.locate(str(llama)).fingerprint()
-    assert models.locate(str(copy)).fingerprint() == before
+    before = models.fingerprint(llama)
+    assert models.fingerprint(copy) == before
     (copy / "config.json").write_text((copy / "config.json").read_text().replace("0.001", "0.002"))
-    assert models.locate(str(copy)).fingerprint() != before
+    assert models.fingerprint(copy) != before

@@ -8,7 +8,6 @@ import pytest
 
 from tpfuse.cli.generate import FUSED, SINGLE, UNFUSED, Job
 from tpfuse.cli.launch import RankError, launch
-from tpfuse.cli.models import locate
 from tpfuse.config import Config
 from tpfuse.runtime import agreement
 
@@ -45,7 +44,7 @@ def disagree(place, progress, job):
 
 
 def test_ranks_that_were_told_different_things(llama):
-    job = Job(locate(str(llama)), 2, "w5", "cpu", "float32", 4, (FUSED,), False, Config())
+    job = Job(llama, 2, "w5", "cpu", "float32", 4, (FUSED,), False, Config())
     with pytest.raises(RankError, match=r"'max_new_tokens 4'.*'max_new_tokens 5'|'max_new_tokens 5'.*'max_new_tokens 4'"):
         launch(disagree, 2, job)
 

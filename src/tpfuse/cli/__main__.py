@@ -123,7 +123,7 @@ def main() -> None:
         console = Console(stderr=True)
         if isinstance(error, RankError) and error.details:
             console.print(error.details.rstrip(), style="dim", highlight=False, markup=False)
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -32,7 +32,7 @@ Step = Callable[[Tensor], Tensor]  # token ids [1, T] → logits of the last one
 class Job:
     """What every rank must be told the same."""
 
-    source: models.Source
+    folder: Path
     tp: int
     prompt: str
     device: str
@@ -44,8 +44,8 @@ class Job:
 
     def lines(self) -> list[str]:
         """The job as text that the ranks compare; folders may differ, models may not."""
-        known = {k: v for k, v in asdict(self).items() if k not in ("source", "config")}
-        return [f"model {self.source.fingerprint()}", *(f"{k} {v!r}" for k, v in known.items()), f"config {self.config}"]
+        known = {k: v for k, v in asdict(self).items() if k not in ("folder", "config")}
+        return [f"model {models.fingerprint(self.folder)}", *(f"{k} {v!r}" for k, v in known.items()), f"config {self.config}"]
 
 
 @dataclass
@@ -83,16 +83,14 @@ def work(place: Place, progress: Progress, job: Job) -> Outcome:
 
 def _work(place: Place, progress: Progress, job: Job) -> Outcome:
     device = torch.device(job.device, place.local_rank) if job.device == "cuda" else torch.device("cpu")
-    progress("loading", 0, 2)
-    dtype = models.DTYPES[job.dtype]
-    folder = models.dequantised(job.source, dtype) if job.source.gguf else job.source.folder
-    progress("loading", 1, 2)
-    model = models.load(folder, job.tp, dtype, device)
-    tokenizer = models.load_tokenizer(folder)
+    progress("loading", 1, 3)
+    model = models.load(job.folder, job.tp, models.DTYPES[job.dtype], device)
+    progress("loading", 2, 3)
+    tokenizer = models.load_tokenizer(job.folder)
     ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"].to(device)
     if not ids.numel():
         raise models.BadInput("the prompt has no tokens")
-    progress("loading", 2, 2)
+    progress("loading", 3, 3)
 
     out = Outcome(prompt_tokens=ids.shape[1])
     twins = Twins(model, job.config, job.variants)
@@ -106,7 +104,7 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
         tokens, times = compiled.generate(ids, job.max_new_tokens, stops, _Count(progress, i * job.max_new_tokens, total))
         out.runs[variant] = _run(tokenizer, tokens, times)
     if job.reference:
-        _compare(out, compiled, folder, ids, stops, job, tokenizer, _Count(progress, total - job.max_new_tokens, total))
+        _compare(out, compiled, ids, stops, job, tokenizer, _Count(progress, total - job.max_new_tokens, total))
     progress("generating", total, total)
     out.report = json.loads(twins.report.to_json()) if FUSED in job.variants else {}
     out.summary = str(twins.report) if FUSED in job.variants else ""
@@ -114,13 +112,13 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
 
 
 def _compare(
-    out: Outcome, compiled: Session, folder: Path, ids: Tensor, stops: set[int], job: Job, tokenizer: Any, count: _Count
+    out: Outcome, compiled: Session, ids: Tensor, stops: set[int], job: Job, tokenizer: Any, count: _Count
 ) -> None:
     """Run the model unsharded, eager, in FP32 on rank 0; then every variant along its tokens, and compare the logits."""
     tokens: list[int] = []
     exact = None
     if dist.get_rank() == 0:
-        whole = models.load(folder, 1, torch.float32, ids.device)
+        whole = models.load(job.folder, 1, torch.float32, ids.device)
         session = Session(whole, whole, ids.shape[1] + job.max_new_tokens, alone=True)
         tokens, times = session.generate(ids, job.max_new_tokens, stops, count)
         out.runs[SINGLE] = _run(tokenizer, tokens, times)
@@ -214,6 +212,7 @@ class Session:
                     self.step(torch.full((1, 1), int(ids[0, 0]), device=ids.device))  # a slice would keep its stride
         finally:
             gc.enable()
+        gc.freeze()  # what compiling made stays; no collection walks it while tokens are timed
         progress("compiling", len(calls), len(calls))
         return time.perf_counter() - start
 

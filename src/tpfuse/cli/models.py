@@ -45,11 +45,11 @@ class Source:
             return [self.folder / self.gguf]
         return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("pytorch_model*.bin")])
 
-    def fingerprint(self) -> str:
-        """Equal for equal models: the configuration, and the names and sizes of the weight files."""
-        config = b"" if self.gguf else (self.folder / "config.json").read_bytes()
-        files = [(p.name, p.stat().st_size) for p in self.weights()]
-        return hashlib.sha256(config + json.dumps(files).encode()).hexdigest()[:16]
+
+def fingerprint(folder: Path) -> str:
+    """Equal for equal models: the configuration, and the names and sizes of the weight files."""
+    files = [(p.name, p.stat().st_size) for p in Source(folder).weights()]
+    return hashlib.sha256((folder / "config.json").read_bytes() + json.dumps(files).encode()).hexdigest()[:16]
 
 
 def locate(path: str) -> Source:
@@ -242,23 +242,28 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def dequantised(source: Source, dtype: torch.dtype) -> Path:
-    """A Hugging Face folder with the weights of a GGUF file in `dtype`, made once and kept in the user's cache folder.
-
-    Sharding while loading needs such a folder.  Two processes that ask at once make it once.
-    """
-    from filelock import FileLock
-
+def converted(source: Source, dtype: torch.dtype) -> Path:
+    """Where `dequantised` keeps the folder it makes, in the user's cache folder; it may not be there yet."""
     assert source.gguf
     path = source.folder / source.gguf
     stat = path.stat()
     key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns} {dtype}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tpfuse" / "models"
-    cache.mkdir(parents=True, exist_ok=True)
-    target = cache / f"{path.stem}-{key}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "tpfuse" / "models" / f"{path.stem}-{key}"
+
+
+def dequantised(source: Source, dtype: torch.dtype) -> Path:
+    """A Hugging Face folder with the weights of a GGUF file in `dtype`, made once.
+
+    Sharding while loading needs such a folder.  Processes that ask at the same time make it once.
+    """
+    from filelock import FileLock
+
+    target = converted(source, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
-            part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=cache))
+            part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
             try:
                 _convert(source, dtype, part)
                 part.rename(target)

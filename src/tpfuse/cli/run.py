@@ -42,15 +42,22 @@ def _value(text: str) -> Any:
         return text
 
 
-def check(path: str, tp: int, device: str, here: int) -> models.Source:
-    """Everything that can be known wrong before a rank starts.  BadInput says what.  here: ranks on this host."""
+def prepare(path: str, tp: int, device: str, dtype: str, here: int, bars: Bars) -> Path:
+    """The folder to load, after everything that can be known wrong before a rank starts.  BadInput says what is.
+
+    here: ranks on this host.
+    """
     source = models.locate(path)
     if device == "cuda" and here > torch.cuda.device_count():
         raise BadInput(f"--tp {tp}, but {torch.cuda.device_count()} GPUs are visible")
-    models.check_files(source)
     models.quiet()
+    bars("loading", 0, 3)
+    if source.gguf:
+        target = models.converted(source, models.DTYPES[dtype])
+        source = models.Source(target) if target.is_dir() else source
+    models.check_files(source)
     models.check_ranks(models.read_config(source), tp)
-    return source
+    return models.dequantised(source, models.DTYPES[dtype]) if source.gguf else source.folder
 
 
 def run(
@@ -75,32 +82,29 @@ def run(
         raise BadInput("--compare shows the fused run beside the unfused one: leave out --no-fuse")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-    source = check(path, tp, device, place.local_world if place else tp)
     variants = ((FUSED,) if fuse else ()) + ((UNFUSED,) if compare or not fuse else ())
-    job = Job(source, tp, prompt, device, dtype, max_new_tokens, variants, compare, config)
     leads = place is None or place.rank == 0
     with Bars(console, leads) as bars:
+        folder = prepare(path, tp, device, dtype, place.local_world if place else tp, bars)
+        job = Job(folder, tp, prompt, device, dtype, max_new_tokens, variants, compare, config)
         if place:
             os.environ.update(place.environment())
             outcome = work(place, bars, job)
         else:
-            if job.source.gguf:
-                bars("loading", 0, 2)
-                models.dequantised(job.source, models.DTYPES[dtype])
             outcome = launch(work, tp, job, progress=bars, silence=1.5 * config.timeout)[0]
     if not leads:
         return
     tables.show_outcome(console, outcome, prompt)
     if output:
-        output.write_text(json.dumps(as_json(outcome, job), indent=1))
+        output.write_text(json.dumps(as_json(outcome, job, path), indent=1))
 
 
-def as_json(outcome: Outcome, job: Job) -> dict[str, Any]:
+def as_json(outcome: Outcome, job: Job, model: str) -> dict[str, Any]:
     """Everything that was printed, and the job."""
     told = asdict(outcome)
     told.pop("summary")
     return {
-        "model": str(job.source.folder / (job.source.gguf or "")), "tp": job.tp, "device": job.device, "dtype": job.dtype,
+        "model": model, "tp": job.tp, "device": job.device, "dtype": job.dtype,
         "prompt": job.prompt, "max_new_tokens": job.max_new_tokens, "torch": torch.__version__, "config": asdict(job.config),
         **told,
     }  # fmt: skip
