@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import time
@@ -17,12 +18,12 @@ from torch import Tensor, fx, nn
 from tpfuse import shim
 from tpfuse.cli import models
 from tpfuse.cli.launch import Place, Progress
-from tpfuse.compiler import Fuel, compile_graph
+from tpfuse.compiler import Fuel, compile_graph, drop_opaque_inputs
 from tpfuse.config import Config
 from tpfuse.ir import check
 from tpfuse.report import Report
 from tpfuse.runtime import agreement
-from tpfuse.runtime.dispatch import copy_graph
+from tpfuse.runtime.dispatch import Dispatcher, copy_graph
 
 FUSED, UNFUSED, SINGLE = "fused", "unfused", "single process, FP32"
 Step = Callable[[Tensor], Tensor]  # token ids [1, T] → logits of the last one [vocabulary]; the cache moves on
@@ -158,19 +159,29 @@ class Twins(nn.Module):
             self.report.verified += check.rows[before:]
 
     def _inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
-        calls: dict[str, Callable[[list[Any]], Any]] = {}
-        if UNFUSED in self.variants:
-            copy = fx.GraphModule(gm, copy_graph(gm.graph))
-            ranks = range(dist.get_world_size())
-            text = f"{UNFUSED}\n{copy.graph.python_code('self').src}"
-            calls[UNFUSED] = agreement.compile_once(
-                ranks, text, lambda: shim.compile_fx_inner(copy, inputs, **kwargs), self.config.timeout
-            )
-        if FUSED in self.variants:
-            calls[FUSED] = compile_graph(
-                gm, inputs, config=self.config, patches={}, report=self.report, fuel=self.fuel, **kwargs
-            )
-        return shim.boxed(lambda *args: calls[self.use](list(args)))
+        kept = drop_opaque_inputs(gm, kwargs)
+        inputs = [inputs[i] for i in kept]
+        steps: dict[str, Callable[[], Callable[[list[Any]], Any]]] = {
+            UNFUSED: functools.partial(self._unfused, fx.GraphModule(gm, copy_graph(gm.graph)), inputs, kwargs),
+            FUSED: functools.partial(self._fused, gm, inputs, kwargs),
+        }
+        # One rank compiles what the others load: in another order on every other rank, two of them compile side by side.
+        order = self.variants if dist.get_rank() % 2 == 0 else self.variants[::-1]
+        calls = {variant: steps[variant]() for variant in order}
+        return shim.boxed(lambda *args: calls[self.use]([args[i] for i in kept]))
+
+    def _unfused(self, gm: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Callable[[list[Any]], Any]:
+        text = f"{UNFUSED}\n{gm.graph.python_code('self').src}"
+        compile = functools.partial(shim.compile_fx_inner, gm, inputs, **kwargs)
+        return agreement.compile_once(range(dist.get_world_size()), text, compile, self.config.timeout)
+
+    def _fused(self, gm: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Callable[[list[Any]], Any]:
+        call = compile_graph(
+            gm, inputs, config=self.config, patches={}, report=self.report, fuel=self.fuel, **kwargs
+        )
+        if isinstance(call, Dispatcher):
+            call.warm_as_traced()
+        return call
 
 
 class Session:

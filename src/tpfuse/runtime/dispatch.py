@@ -120,6 +120,12 @@ class Dispatcher:
             values[self.tokens] = tokens
         self._compile(limits, values)
 
+    def warm_as_traced(self) -> None:
+        """Compile the range of the sizes that the graph was traced with."""
+        values = shim.traced_sizes(self.placeholders)
+        tokens = 1 if self.tokens is None else self.tokens
+        self.warm(tokens if isinstance(tokens, int) else int(tokens.xreplace(values)))
+
     def _compile(self, limits: Range, values: dict[Any, int]) -> Compiled:
         if shim.is_capturing():
             raise FusionError(f"tokens {limits} were never run before this graph capture: call warmup() or run them once")
