@@ -92,7 +92,7 @@ class Dispatcher:
             return [Range(self.tokens, self.tokens)]
         sums = [n for n in self.gm.graph.nodes if n.target is registry["all_reduce"].default]
         values = [(n.meta["val"], world_size(n.args[1])) for n in sums]
-        thresholds = self.table.thresholds((v.dtype, world, v.shape[-1]) for v, world in values)
+        thresholds = self.table.thresholds((v.dtype, world, int(v.shape[-1])) for v, world in values)
         return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens, thresholds)
 
     def __call__(self, args: list[Any]) -> Any:
