@@ -12,6 +12,7 @@ from torch import fx
 from tpfuse.ir.op import Op, find, registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
+from tpfuse.rewrite.match import VIEWS, aten
 from tpfuse.rewrite.order import ORDER, is_collective, latest_collective, number_collectives, sort
 from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
 from tpfuse.rewrite.site import site_of
@@ -141,7 +142,7 @@ def _closest(
     if marked is not None:
         return wanted[0].name, marked
     users = [u for u in _consumers(node)]
-    if any(u.op == "output" for u in users) and len(users) == 1:
+    if _leaves(node):
         return wanted[0].name, Decline("leaves_graph", "its result leaves the graph; compile the whole model, not its blocks")
     if op.collective:
         names = sorted({str(u.target) for u in users})
@@ -152,6 +153,12 @@ def _closest(
         rule, reason = [(r, d) for r, d in mismatch if r.name == first][-1]
         return rule.name, Decline("no_collective" if rule.op.collective else "no_producer", reason.detail)
     return wanted[0].name, Decline("no_consumer", f"it is used by {', '.join(str(u.target) for u in users) or 'nothing'}")
+
+
+def _leaves(node: fx.Node) -> bool:
+    """Whether a value goes to the graph's results and nowhere else, added to a residual or reshaped on its way."""
+    through = (aten.add.Tensor, *VIEWS)
+    return bool(node.users) and all(u.op == "output" or (u.target in through and _leaves(u)) for u in node.users)
 
 
 def _consumers(node: fx.Node, depth: int = 1) -> list[fx.Node]:

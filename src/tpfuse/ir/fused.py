@@ -44,13 +44,21 @@ def weight_dtype(args: Args) -> Decline | None:
     return None
 
 
+def vectors(args: Args) -> Decline | None:
+    """Weights of the rows' dtype, and for a bias one number a column: anything else that is added is no bias."""
+    bias = args.get("bias")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != args["x"].shape[-1] or bias.dtype != args["x"].dtype):
+        return Decline("bias_shape", f"what is added is {bias.dtype} {list(bias.shape)}, no bias of the {args['x'].dtype} rows")
+    return weight_dtype(args)
+
+
 _NORM = ("eps", "weight_bias", "rounding")
 _QUANT = ("scheme", "layout")
 
 
 @op(
     sample=sampler("x", "weight", "bias", *_NORM, "group"), rows="collective", fuse="all_reduce_norm",
-    guard=weight_dtype,
+    guard=vectors,
 )  # fmt: skip
 def all_reduce_rms_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -66,7 +74,7 @@ def all_reduce_rms_norm(
 
 @op(
     sample=sampler("x", "residual", "weight", "bias", "alpha", *_NORM, "group"), rows="collective",
-    row_args=("x", "residual"), fuse="all_reduce_norm", guard=weight_dtype,
+    row_args=("x", "residual"), fuse="all_reduce_norm", guard=vectors,
 )  # fmt: skip
 def all_reduce_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None = None, alpha: float = 1.0, eps: float = 1e-6,
@@ -82,7 +90,7 @@ def all_reduce_add_rms_norm(
 
 @op(
     sample=sampler("x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "group"),
-    rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm", guard=weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm", guard=vectors,
 )  # fmt: skip
 def all_reduce_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
@@ -98,7 +106,7 @@ def all_reduce_rms_norm_add_rms_norm(
 
 @op(
     sample=sampler("x", "weight", "bias", "scale", *_NORM, *_QUANT, "group"), rows="collective",
-    fuse="all_reduce_norm_quantize", guard=weight_dtype,
+    fuse="all_reduce_norm_quantize", guard=vectors,
 )  # fmt: skip
 def all_reduce_rms_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -112,7 +120,7 @@ def all_reduce_rms_norm_quantize(
 
 @op(
     sample=sampler("x", "residual", "weight", "bias", "scale", "alpha", *_NORM, *_QUANT, "group"), rows="collective",
-    row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=weight_dtype,
+    row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=vectors,
 )  # fmt: skip
 def all_reduce_add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, alpha: float = 1.0,

@@ -178,9 +178,11 @@ class Dispatcher:
         graph.lint()
         self._dump(graph, limits, "3-lowered")
         events = [replace(e, range=limits) for e in events]
-        if self.config.strict:
-            _insist(events)
-        return RangeResult(self.number, limits, final_operators(graph), events)
+        result = RangeResult(self.number, limits, final_operators(graph), events)
+        if self.config.strict and (missing := _missing(events)):
+            self.report.add(result)
+            raise FusionError("strict: expected fusions did not happen\n" + "\n".join(f"  {e}" for e in missing))
+        return result
 
     def _enabled(self, name: str, limits: Range) -> bool:
         own = self._own(limits)
@@ -238,10 +240,9 @@ def _text(graph: fx.Graph) -> str:
     return graph.python_code("self", verbose=True).src
 
 
-def _insist(events: list[Event]) -> None:
-    missing = [
+def _missing(events: list[Event]) -> list[Event]:
+    """Sites that `strict` expects to be fused and that are not."""
+    return [
         e for e in events
         if e.status == "unfused" or (e.status == "declined" and e.attributes.get("operator") == "all_reduce")
     ]  # fmt: skip
-    if missing:
-        raise FusionError("strict: expected fusions did not happen\n" + "\n".join(f"  {e}" for e in missing))

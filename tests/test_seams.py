@@ -1,0 +1,203 @@
+"""What the options of a Config do, and tpfuse in somebody else's Inductor, on one gloo rank."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import tpfuse
+from tests.models import Stack
+from tpfuse.testing import interpreted
+
+HIDDEN = 32
+ALL = 6  # sites of Stack
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    dist.destroy_process_group()
+
+
+def rows(tokens=8):
+    return torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)) * 1e-2
+
+
+def run(config=None, **kwargs):
+    """The report of a compiled Stack that gave what the model gives."""
+    model = Stack(HIDDEN)
+    with interpreted():
+        compiled = tpfuse.compile(model, config, **{"fullgraph": True, "dynamic": True, **kwargs})
+        assert torch.allclose(compiled(rows()), model(rows()), rtol=1e-5, atol=1e-6)
+    return compiled.report
+
+
+@pytest.mark.parametrize("fuel", [0, 1, 5])
+def test_fuel_fuses_exactly_so_many(fuel):
+    report = run({"fuel": fuel})
+    assert len(report.fired()) == fuel
+    assert report.counts().get("all_reduce_add_rms_norm", 0) == fuel
+    assert len([e for e in report.declined() if e.attributes.get("operator") == "all_reduce"]) == ALL - fuel
+
+
+@pytest.mark.parametrize("config", [{"passes": ()}, {"disable_passes": ("all_reduce_norm", "all_reduce_norm_quantize")}])
+def test_disabled_passes(config):
+    report = run(config)
+    assert report.counts() == {} and not report.fired()
+    reasons = {e.reason.code for e in report.declined() if e.attributes.get("operator") == "all_reduce"}
+    assert reasons == {"disabled"}
+
+
+def test_only_one_pass():
+    assert run({"passes": ("all_reduce_norm",)}).counts() == {"all_reduce_add_rms_norm": ALL}
+
+
+def test_verify_reports_every_site():
+    report = run({"verify": True})
+    assert {row["site"] for row in report.verified} == {f"layers.{i}" for i in range(ALL // 2)}
+    assert {(row["operator"], row["kernel"]) for row in report.verified} == {("all_reduce_add_rms_norm", "reference")}
+    # The last site's residual is dead.
+    assert len(report.verified) == 2 * ALL - 1
+    assert all(0 < row["error"] <= 1.25 * row["unfused_error"] for row in report.verified)
+    assert len(json.loads(report.to_json())["verified"]) == 2 * ALL - 1
+
+
+def test_verify_finds_a_wrong_kernel(monkeypatch):
+    from tpfuse.ir import registry
+
+    op = registry["all_reduce_add_rms_norm"]
+    reference = op.reference
+
+    def launcher(name):
+        def launch(x, residual, weight, bias, alpha, eps, *rest, alive):
+            return reference(x, residual, weight, bias, alpha, eps * 1.1, *rest)
+
+        return launch
+
+    monkeypatch.setattr(op, "launcher", launcher)
+    with pytest.raises(tpfuse.FusionError, match=r"verify: all_reduce_add_rms_norm at layers\.0, result 0"):
+        run({"verify": True})
+
+
+def test_strict_is_content_with_all_sites():
+    assert run({"strict": True}).counts() == {"all_reduce_add_rms_norm": ALL}
+
+
+def test_dump(tmp_path):
+    run({"dump": str(tmp_path), "ranges": (16,)})
+    raised, fused, lowered = (path.read_text() for path in sorted(tmp_path.glob("rank0/graph*-1-16-*.txt")))
+    assert raised.count("tpfuse.all_reduce.default(") == ALL and raised.count("tpfuse.rms_norm.default(") == ALL + 1
+    assert fused.count("tpfuse.all_reduce_add_rms_norm.default(") == ALL
+    assert lowered.count("tpfuse.all_reduce_add_rms_norm.lowered(") == ALL and "tpfuse.rms_norm" not in lowered
+
+
+def test_each_range_has_its_passes_and_options():
+    """Up to 16 tokens nothing is fused, above everything; both end points belong to the lower range."""
+    model = Stack(HIDDEN)
+    config = {"ranges": {16: {"passes": (), "inductor": {"max_autotune": False}}}}
+    with interpreted():
+        compiled = tpfuse.compile(model, config, fullgraph=True, dynamic=True)
+        for tokens, counts in ((16, {}), (17, {"all_reduce_add_rms_norm": ALL}), (2, {"all_reduce_add_rms_norm": ALL})):
+            assert torch.allclose(compiled(rows(tokens)), model(rows(tokens)), rtol=1e-5, atol=1e-6)
+            assert compiled.report.counts() == counts
+    low, high = compiled.report.ranges
+    assert compiled.report.counts(low) == {} and compiled.report.counts(high) == {"all_reduce_add_rms_norm": ALL}
+
+
+def test_graph_breaks():
+    class Broken(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+                torch._dynamo.graph_break()
+            return self.norm(x)
+
+    model = Broken(HIDDEN)
+    with interpreted():
+        compiled = tpfuse.compile(model, dynamic=True)
+        assert torch.allclose(compiled(rows()), model(rows()), rtol=1e-5, atol=1e-6)
+    # One graph serves every layer; the break leaves its second all-reduce without the norm of the next layer.
+    assert compiled.report.counts() == {"all_reduce": 1, "all_reduce_add_rms_norm": 1}
+    assert [e.reason.code for e in compiled.report.declined() if e.attributes.get("operator") == "all_reduce"] == ["leaves_graph"]
+
+
+class Recorder(CustomGraphPass):
+    """Stands for the pass that held the slot before."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, graph):
+        self.seen.append(sum("tpfuse.all_reduce_add_rms_norm" in str(n.target) for n in graph.nodes))
+
+    def uuid(self):
+        return "recorder"
+
+
+def test_inductor_pass():
+    """Seam 2: plain Inductor with tpfuse in its slot, the earlier pass run after it."""
+    model, recorder = Stack(HIDDEN, layers=1), Recorder()
+    own = tpfuse.inductor_pass({}, then=recorder)
+    settings = {"post_grad_custom_pre_pass": own, "fx_graph_cache": False}
+    with torch._inductor.config.patch(settings), torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, fullgraph=True)
+        assert torch.allclose(compiled(rows()), model(rows()), rtol=1e-5, atol=1e-6)
+    assert own.report.counts() == {"all_reduce_add_rms_norm": 2} and len(own.report.fired()) == 2
+    assert recorder.seen == [2]
+    assert tpfuse.last_report() is own.report
+
+
+def test_uuid_of_inductor_pass():
+    def uuid(config=None, **kwargs):
+        return tpfuse.inductor_pass(config, **kwargs).uuid()
+
+    different = [
+        uuid(), uuid({"disable_passes": ("all_reduce_norm",)}), uuid({"fuel": 1}), uuid(range=tpfuse.Range(1, 8)),
+        uuid(then=Recorder()),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+    assert uuid({"fuel": 1}) == different[2] and all(isinstance(u, str | bytes) for u in different)
+
+
+def test_events_are_logged(caplog):
+    with caplog.at_level(logging.DEBUG, logger="tpfuse"):
+        report = run()
+    logged = [r.getMessage() for r in caplog.records if r.name.startswith("tpfuse")]
+    for event in report.events:
+        assert sum(str(event) in line for line in logged) >= 1, event
+
+
+SCRIPT = """
+import torch, torch.distributed as dist
+import tpfuse
+from tests.models import Stack
+from tpfuse.testing import interpreted
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+with torch.no_grad(), interpreted():
+    compiled = tpfuse.compile(Stack(32, layers=1), fullgraph=True)
+    compiled(torch.randn(8, 32))
+print(compiled.report)
+"""
+
+
+@pytest.mark.parametrize(("setting", "lines"), [("tpfuse", 1), ("+tpfuse", 6)])
+def test_torch_logs(setting, lines):
+    """TORCH_LOGS takes the name of a module: its events are those of the report."""
+    environment = {**os.environ, "TORCH_LOGS": setting, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110, check=True)
+    logged = [line for line in done.stderr.splitlines() if "graph 0, tokens" in line]
+    assert len(logged) == lines, done.stderr
+    if setting == "+tpfuse":  # every event, as the report prints it
+        for line in done.stdout.splitlines()[1:]:
+            event, _, times = line.strip().partition("  × ")
+            assert sum(event.replace("*", "0") in other for other in logged) == int(times or 1), line
