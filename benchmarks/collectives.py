@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import Timer, environment, write
-from norm_quant import plain_norm, scale_of
+from norm_quant import mark_tokens, plain_norm, scale_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.kernels.spawned import run_spawned  # noqa: E402
@@ -80,8 +80,8 @@ def implementations(group: Any, x: torch.Tensor, residual: torch.Tensor, weight:
 
 def compiled_norm(scheme: str) -> Callable[..., Any]:
     if scheme == "bf16":
-        return torch.compile(lambda r, h, w, s: plain_norm_only(r, h, w), dynamic=True)
-    return torch.compile(lambda r, h, w, s: plain_norm(r, h, w, s, scheme), dynamic=True)
+        return torch.compile(lambda r, h, w, s: plain_norm_only(r, h, w))
+    return torch.compile(lambda r, h, w, s: plain_norm(r, h, w, s, scheme))
 
 
 def plain_norm_only(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +109,7 @@ def measure(rank: int, world: int, options: dict[str, Any]) -> list[dict[str, An
             for tokens in options["tokens"]:
                 shape: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": torch.bfloat16, "device": "cuda"}
                 x, residual, weight = rows(**shape, rank=rank), rows(**{**shape, "seed": 9}), vector(**shape)
+                mark_tokens((x, residual))
                 samples = timer.alternate(implementations(group, x, residual, weight, scheme))
                 everyone: list[Any] = [None] * world
                 dist.all_gather_object(everyone, samples)

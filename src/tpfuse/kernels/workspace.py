@@ -61,8 +61,8 @@ class Workspace:
 
 
 def prepare(
-    group: Any, max_tokens: int, hidden: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,), *, channels: int = 2,
-    concurrency: int = 1, timeout: float = 30.0,
+    group: Any, max_tokens: int, hidden: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,), *, channels: int = 3,
+    concurrency: int = 1, timeout: float = 60.0,
 ) -> Workspace:  # fmt: skip
     """Make (or enlarge) the workspace of `group`, a process group or its name.  Never inside graph capture.
 
