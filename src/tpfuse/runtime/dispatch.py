@@ -214,7 +214,7 @@ class Dispatcher:
                 return shim.compile_fx_inner(gm, inputs, **self.kwargs)
 
         if everyone and shim.fx_cache_on():
-            call = agreement.compile_once(everyone[0], _text(graph), build, self.config.timeout)
+            call = agreement.compile_once(everyone[0], graph.python_code("self").src, build, self.config.timeout)
         else:
             call = build()
         back = {new: old for old, new in symbols.items() if new.is_Symbol}
