@@ -53,7 +53,8 @@ def _gives_all(node: fx.Node, group: str) -> bool:
     """Whether a node sums or gathers over `group`, so that all its ranks hold the same."""
     op = find(node.target)
     if op is not None:
-        return op.collective and op.bind(node.args)["group"] == group and op.name.startswith(("all_reduce", "all_gather"))
+        whole = op.name.startswith("all_reduce") or op.name in ("all_gather", "all_gather_quantized")
+        return whole and op.bind(node.args)["group"] == group
     name = str(node.target)
     if name.startswith("_c10d_functional.wait_tensor"):
         return _gives_all(node.args[0], group)  # type: ignore[arg-type]
