@@ -140,6 +140,15 @@ def test_variants_of_dynamic_scales() -> None:
     assert torch.equal(scales, quantize(x, None, "fp8_group64", "row+ue8m0")[1])
 
 
+def test_a_rounded_amax_is_the_amax_of_the_rounded() -> None:
+    x = torch.randn(16, 256) * torch.logspace(-3, 3, 16).unsqueeze(1)
+    for name, dtype in (("bf16_amax", torch.bfloat16), ("fp16_amax", torch.float16)):
+        low = x.to(dtype).abs().amax(-1, keepdim=True)
+        assert not torch.equal(low.float(), x.abs().amax(-1, keepdim=True))
+        assert torch.equal(quantize(x, None, f"fp8_token:{name}")[1], low.float() / 448)
+        assert torch.equal(quantize(x, None, f"fp8_token:{name},low_scale,eps=0.0")[1], (low / 448).float())
+
+
 @pytest.mark.parametrize(
     ("scale", "scheme", "message"),
     [(None, "fp8_tensor", "needs a scale"), (torch.ones(()), "fp8_token", "computes its scales")],

@@ -465,6 +465,14 @@ def test_without_the_engine_a_product_is_the_same(name: str, monkeypatch: pytest
     assert (alone.float() - want.float()).norm() <= 4e-3 * want.float().norm()
 
 
+def test_doctor_lists_the_adapters() -> None:
+    pytest.importorskip("rich")
+    from tpfuse.cli.doctor import examine
+
+    listed = {fact.name: fact.usable for fact in examine() if fact.area == "Engines' operators"}
+    assert listed == adapters.status() and listed["_C::scaled_fp4_quant"] is True
+
+
 def test_status_lists_what_is_installed() -> None:
     status = adapters.status()
     assert status["_C::cutlass_scaled_mm"] is True and status["vllm::bmm_fp8"] is True

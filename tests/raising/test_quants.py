@@ -160,6 +160,30 @@ def test_the_input_is_what_the_model_has_before_its_casts() -> None:
     assert call["x"].op == "placeholder" and call["scheme"] == "fp8_group128"
 
 
+def unrounded(x: Tensor, group: int = HIDDEN) -> tuple[Tensor, Tensor]:
+    """What is left when a compiler drops the rounding of the values between a norm and torchao's quantise."""
+    blocks, low = x.view(-1, HIDDEN // group, group), x.bfloat16().view(-1, HIDDEN // group, group)
+    s = (low.abs().amax(-1, keepdim=True) / 448).float()
+    return fp8(blocks / s).view(x.shape), s.squeeze(-1)
+
+
+def unrounded_row(x: Tensor) -> tuple[Tensor, Tensor]:
+    s = (x.half().abs().amax(-1, keepdim=True).float() / 448).clamp(min=1e-10)
+    return fp8(x / s), s
+
+
+@pytest.mark.parametrize(
+    ("spelling", "scheme"),
+    [
+        (lambda x: unrounded(x, 128), "fp8_group128:bf16_amax,low_scale,eps=0.0"),
+        (unrounded_row, "fp8_token:fp16_amax"),
+    ],
+)
+def test_rounding_dropped_from_the_values(spelling: Callable[..., Any], scheme: str) -> None:
+    (call,) = raised(spelling, rows(torch.float32)).named("quantize")
+    assert call["scheme"] == scheme and call["x"].op == "placeholder"
+
+
 def nvfp4(x: Tensor, p: Tensor | None, swizzled: bool = False) -> tuple[Tensor, Tensor]:
     from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
     from torchao.prototype.mx_formats.utils import to_blocked

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from tpfuse.raising import adapters
+
 PACKAGES = (
     "tpfuse", "torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "torchao", "flashinfer-python",
 )  # fmt: skip
@@ -34,7 +36,7 @@ class Fact:
 
 def examine() -> list[Fact]:
     """What this machine has.  Changes nothing and starts nothing on a GPU."""
-    return [*_versions(), *_devices(), *_links(), *_compiler(), *_backends()]
+    return [*_versions(), *_devices(), *_links(), *_compiler(), *_backends(), *_adapters()]
 
 
 def show(console: Console, facts: list[Fact]) -> None:
@@ -120,6 +122,13 @@ def _backends() -> Iterator[Fact]:
         "Back ends", "Hugging Face models", *_installed("transformers", "accelerate", "safetensors", extra="hf")
     )
     yield Fact("Back ends", "GGUF files", *_installed("transformers", "accelerate", "gguf", extra="gguf"))
+
+
+def _adapters() -> Iterator[Fact]:
+    """Operators of engines that raising knows: a process has them once it has imported the engine."""
+    for name, there in adapters.status().items():
+        detail = "raised through its adapter" if there else "no such operator here: its adapter is off"
+        yield Fact("Engines' operators", name, there, detail)
 
 
 def _needs_gpu(name: str, there: bool, gpu: bool, good: str, missing: str) -> Fact:

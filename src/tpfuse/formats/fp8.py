@@ -28,6 +28,8 @@ def quantize_fp8(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layout
     groups = groups_of(cols, scheme)
     blocks = _blocks(x.reshape(-1, cols), groups, scheme.group or cols)  # [rows, groups, group]
     amax = blocks.abs().amax(-1, keepdim=True)
+    if scheme.bf16_amax or scheme.fp16_amax:
+        amax = amax.to(torch.bfloat16 if scheme.bf16_amax else torch.float16)
     if not scheme.low_scale:
         amax = amax.float()
     if scheme.amax_min is not None or scheme.amax_max is not None:

@@ -38,6 +38,8 @@ _VARIANT_OF = {
     "div": ("nvfp4",),
     "reciprocal": _FP8,
     "inverse": _DYNAMIC,
+    "bf16_amax": _DYNAMIC,
+    "fp16_amax": _DYNAMIC,
     "low_scale": _DYNAMIC,
     "low_value": _FP8,
     "unclamped": _FP8,
@@ -46,6 +48,7 @@ _VARIANT_OF = {
     "amax_min": _DYNAMIC,
     "amax_max": _DYNAMIC,
 }
+_SPELLINGS = ("reciprocal", "inverse", "bf16_amax", "fp16_amax", "low_scale", "low_value", "unclamped", "log2")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Scheme:
 
     - ``reciprocal``: x * (1 / s) in place of x / s.
     - ``inverse``: x * (448 / amax) in place of x / s.
-    - ``low_scale``: the scale is formed in the input's dtype, then widened.
+    - ``bf16_amax``, ``fp16_amax``: amax is rounded to that dtype (a compiler dropped the rounding of the values themselves).
+    - ``low_scale``: the scale is formed in the dtype of amax, the input's unless said, then widened.
     - ``low_value``: x and the scale meet in the input's dtype.
     - ``unclamped``: no clamp before the conversion: values out of range become what torch's conversion makes of
       them (NaN or 448, by its version).
@@ -76,6 +80,8 @@ class Scheme:
     div: bool = False
     reciprocal: bool = False
     inverse: bool = False
+    bf16_amax: bool = False
+    fp16_amax: bool = False
     low_scale: bool = False
     low_value: bool = False
     unclamped: bool = False
@@ -130,9 +136,7 @@ class Scheme:
 
     def meaning(self) -> Scheme:
         """The scheme without its variants of spelling: what a kernel that rounds later has to implement."""
-        return replace(
-            self, reciprocal=False, inverse=False, low_scale=False, low_value=False, unclamped=False, log2=False
-        )
+        return replace(self, **dict.fromkeys(_SPELLINGS, False))
 
 
 @cache

@@ -132,6 +132,8 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
     dynamic = _dynamic(factor, divides)
     if isinstance(dynamic, Dynamic) and same_value(dynamic.of, x):
         return _raise_dynamic(cast, x, dynamic, options)
+    if isinstance(dynamic, Dynamic) and (rounded := _rounded(dynamic.of, x)) is not None:
+        return _raise_dynamic(cast, x, dynamic, {**options, rounded: True})
     if constant(factor) is None and not _is_scalar(factor):
         if isinstance(dynamic, Dynamic):
             return Decline("other_scale", f"the scale is of {dynamic.of.name}, which is not what is quantised")
@@ -145,11 +147,8 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
 
 def _raise_dynamic(cast: fx.Node, x: fx.Node, dynamic: Dynamic, options: dict[str, Any]) -> Decline | None:
     """Raise x quantised by a scale of its own rows; x may be a view into groups."""
-    low = tensor(x).dtype
     ue8m0 = dynamic.options.pop("ue8m0", False)
     scheme, layout = Scheme("fp8_token", **dynamic.options, **options), "row+ue8m0" if ue8m0 else "row"
-    if low == torch.float32:
-        scheme = replace(scheme, low_scale=False, low_value=False)
     whole = x
     if is_call(x, *VIEWS):
         whole = x.args[0]
@@ -330,6 +329,14 @@ def same_value(a: fx.Node, b: fx.Node) -> bool:
         and peel_widening(a.args[0]) is peel_widening(b.args[0])
         and same_shape(tensor(a), tensor(b))
     )
+
+
+def _rounded(of: fx.Node, x: fx.Node) -> str | None:
+    """The variant that says in which dtype amax was taken, where the values themselves are no longer rounded to it."""
+    names = {torch.bfloat16: "bf16_amax", torch.float16: "fp16_amax"}
+    if is_call(of, *VIEWS) and is_call(x, *VIEWS) and same_shape(tensor(of), tensor(x)):
+        of, x = of.args[0], x.args[0]  # type: ignore[assignment]
+    return names.get(tensor(of).dtype) if cast_source(of) is x and tensor(x).dtype == torch.float32 else None
 
 
 def _is_scalar(factor: Any) -> bool:
