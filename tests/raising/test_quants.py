@@ -31,7 +31,6 @@ def per_row(x: Tensor, floor: float | None = 1e-10) -> tuple[Tensor, Tensor]:
 
 
 def torchao(x: Tensor, block: list[int], **bounds: float) -> tuple[Tensor, Tensor]:
-    pytest.importorskip("torchao")
     from torchao.quantization.quant_primitives import _choose_scale_float8, _quantize_affine_float8
 
     scale = _choose_scale_float8(x, block, **bounds)
