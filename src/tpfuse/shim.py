@@ -161,9 +161,9 @@ def sym_int(env: ShapeEnv, expr: Any, hint: int) -> Any:
     return env.create_symintnode(expr, hint=hint)
 
 
-def guards_of(env: ShapeEnv) -> list[Any]:
-    """The conditions (sympy) under which what was compiled in `env` is right."""
-    return [g.expr for g in env.guards]
+def guards_of(mode: FakeTensorMode) -> list[Any]:
+    """The conditions (sympy) under which what was compiled under `mode` is right."""
+    return [g.expr for g in mode.shape_env.guards] if mode.shape_env else []
 
 
 def opaque_object(value: Any) -> bool:

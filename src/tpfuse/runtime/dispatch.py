@@ -218,7 +218,7 @@ class Dispatcher:
         else:
             call = build()
         back = {new: old for old, new in symbols.items() if new.is_Symbol}
-        return call, [g.xreplace(back) for g in shim.guards_of(mode.shape_env)]
+        return call, [g.xreplace(back) for g in shim.guards_of(mode)]
 
     def _dump(self, graph: fx.Graph, limits: Range, stage: str) -> None:
         if self.config.dump:

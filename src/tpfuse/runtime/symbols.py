@@ -63,8 +63,8 @@ def fresh_inputs(
 
     → (inputs, their fake mode, {old symbol: new symbol or number}).
     """
-    mode = shim.FakeTensorMode(shape_env=shim.ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-    env = mode.shape_env
+    env = shim.ShapeEnv(duck_shape=False)
+    mode = shim.FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     new: dict[Any, Any] = {}
     for value in placeholders:
         for symbol in shim.symbols_of(value):
