@@ -47,8 +47,8 @@ lint: ruff pyright imports
 # Two parts: tests of one process side by side, then those that spawn ranks one after another.  Both run, whatever the first says.
 test: lint
 	@status=0; \
-	timeout --kill-after=20 900 $(BIN)/python -m pytest -n 2 -m "not ranks" || status=1; \
-	timeout --kill-after=20 900 $(BIN)/python -m pytest -m ranks || status=1; \
+	timeout --kill-after=20 1800 $(BIN)/python -m pytest -n 2 -m "not ranks" || status=1; \
+	timeout --kill-after=20 1800 $(BIN)/python -m pytest -m ranks || status=1; \
 	exit $$status
 
 gpu-test:
