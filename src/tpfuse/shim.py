@@ -193,3 +193,10 @@ def pytree_leaves(tree: Any) -> list[Any]:
 
 def tree_map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, function, tree)
+
+
+def auto_functionalized() -> Any:
+    """The higher-order operator that calls an operator on copies of its buffers and returns what they hold then."""
+    from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+    return auto_functionalized

@@ -1,5 +1,6 @@
 """Quantised number formats and the layouts of their scales: exact, in plain torch, on any device."""
 
+from .buffers import cut_rows, quantize_into, scheme_of
 from .codec import dequantize, quantize, quantize_fake
 from .layouts import (
     Layout,
@@ -20,13 +21,16 @@ __all__ = [
     "Scheme",
     "apply_layout",
     "concatenates",
+    "cut_rows",
     "default_layout",
     "dequantize",
     "gather_scales",
     "quantize",
     "quantize_fake",
+    "quantize_into",
     "remove_layout",
     "scales_meta",
+    "scheme_of",
     "swizzle",
     "unswizzle",
 ]

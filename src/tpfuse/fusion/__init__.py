@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from tpfuse.fusion import composites, merge, scale
+from tpfuse.fusion import attention, composites, merge, scale
 from tpfuse.fusion.async_tp import async_tp
 from tpfuse.fusion.sequence_parallel import Chain, Policy, sequence_parallel
 from tpfuse.report import Event
@@ -28,6 +28,7 @@ def fuse(
         ("sequence_parallel", lambda: sequence_parallel(graph, policy, fuel)),
         ("async_tp", lambda: async_tp(graph, fuel)),
         (scale.PASS, lambda: scale.hoist_scales(graph, fuel)),
+        (attention.PASS, lambda: attention.fuse_engine_attention(graph, fuel)),
     ]
     events = [event for name, step in steps if name in passes for event in step()]
     told = {event.node for event in events if event.node}

@@ -35,11 +35,11 @@ def merge_all_reduces(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]
                 break
             new = _merge(graph, *pair)
             reduced = [new, *(t for t in reduced if t not in pair)]
-            events.append(Event("fired", PASS, site_of(new), attributes={"node": new.name}))
+            events.append(Event("fired", PASS, site_of(new), node=new.name))
         else:
             declined = next((r for p in combinations(reduced, 2) if (r := _refusal(*p))), None)
         if declined is not None:
-            events.append(Event("declined", PASS, site_of(root), reason=declined, attributes={"operator": "add"}))
+            events.append(Event("declined", PASS, site_of(root), reason=declined, attributes={"operator": "add"}, node=root.name))
     sort(graph)
     return events
 
