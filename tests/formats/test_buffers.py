@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tpfuse import formats
 
-ROWS, COLS = 24, 256
+ROWS, COLS = 24, 1024
 E4M3 = torch.float8_e4m3fn
 CASES = [
     ("fp8_tensor", "row"),
@@ -34,7 +34,7 @@ def buffers(scheme: str, layout: str, rows: int) -> tuple[Tensor, Tensor | None,
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(x.contiguous().view(torch.uint8) for x in (a, b)))
+    return torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
 @pytest.mark.parametrize(("scheme", "layout"), CASES)
@@ -74,15 +74,15 @@ def test_unquantised() -> None:
 
 
 ERRORS = {
-    "unsupported group size: 256 values in 8 groups a row; groups of 128 and 64 are known": (
-        (ROWS, COLS), E4M3, None, torch.empty(ROWS, 8)
+    "unsupported group size: 1024 values in 32 groups a row; groups of 128 and 64 are known": (
+        (ROWS, COLS), E4M3, None, torch.empty(ROWS, 32)
     ),
-    "takes no given scale": ((ROWS, COLS), E4M3, torch.tensor(1.0), torch.empty(ROWS, 2)),
+    "takes no given scale": ((ROWS, COLS), E4M3, torch.tensor(1.0), torch.empty(ROWS, 8)),
     "needs both": ((ROWS, COLS // 2), torch.uint8, torch.tensor(1.0), None),
     "unsupported block scales": ((ROWS, COLS // 2), torch.uint8, torch.tensor(1.0), torch.empty(ROWS, 7, dtype=E4M3)),
     "the output is torch.float8_e5m2": ((ROWS, COLS), torch.float8_e5m2, torch.tensor(1.0), None),
     "a given scale is one number": ((ROWS, COLS), E4M3, torch.ones(ROWS, 1), None),
-    "neither by rows nor by columns": ((ROWS, COLS), E4M3, None, torch.empty(ROWS, 2, 2)[:, :, 0]),
+    "neither by rows nor by columns": ((ROWS, COLS), E4M3, None, torch.empty(ROWS, 8, 2)[:, :, 0]),
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def fuse_engine_attention(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Ev
     for node in list(graph.nodes):
         if not is_call(node, registry["quantize"].default):
             continue
+        node.args, node.kwargs = tuple(registry["quantize"].bind(node.args, node.kwargs).values()), {}
         item = node.args[0]
         while is_call(item, *VIEWS):
             item = item.args[0]  # type: ignore[union-attr]
@@ -137,8 +138,7 @@ def _resolved(call: fx.Node, mutable: list[str]) -> dict[str, Any] | Decline:
         if f"_{name}_slice_dim" in kwargs:
             return Decline("buffer_view", f"{name} is a slice of another tensor")
         if base is not None and f"_{name}_size" in kwargs:
-            with call.graph.inserting_before(call):
-                base = emit(call.graph, aten.reshape.default, (base, kwargs[f"_{name}_size"]), like=base)
+            return Decline("buffer_view", f"{name} is a view of another tensor")
         args[name] = base
     return args
 
