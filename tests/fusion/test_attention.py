@@ -1,6 +1,5 @@
 """An engine's attention operator writes its rows quantised; its other arguments stay, and its scales are cut to real tokens."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from tpfuse.shim import auto_functionalized
 HEADS, WIDTH = 2, 128
 REAL = {"tokens": 24}  # what the engine's metadata say
 CALLS: list[dict[str, Any]] = []
+LIBRARIES: dict[str, torch.library.Library] = {}  # kept alive: a library that goes takes its operators along
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def engine() -> Iterator[None]:
+def engine() -> None:
     """Stand-ins with the schema of vLLM's operators: buffers, a layer's name, a tensor that orders the call."""
     rest = "str layer_name, Tensor? output_scale=None, Tensor(b!)? output_block_scale=None, Tensor? kv_cache_dummy_dep=None"
 
@@ -41,17 +41,16 @@ def engine() -> Iterator[None]:
         rows = attend(q, k, v)
         formats.quantize_into(rows, output.view(rows.shape[0], -1), output_scale, output_block_scale, REAL["tokens"])
 
-    with torch.library._scoped_library("tpfuse_engine", "FRAGMENT") as library:
-        for name in ("attention", "fp8_only"):
-            library.define(f"{name}(Tensor q, Tensor k, Tensor v, Tensor(a!) output, {rest}) -> ()")
-            library.impl(name, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"tpfuse_engine::{name}", lambda *_, **__: None, lib=library)
-        library.define("cache_update(Tensor k, Tensor v, str layer_name) -> Tensor")
-        library.impl("cache_update", lambda k, v, _: k.new_empty(0), "CompositeExplicitAutograd")
-        torch.library.register_fake("tpfuse_engine::cache_update", lambda k, v, _: k.new_empty(0), lib=library)
-        register(EngineAttention("tpfuse_engine::attention"))
-        register(EngineAttention("tpfuse_engine::fp8_only", schemes=("fp8_tensor",)))
-        yield
+    library = LIBRARIES.setdefault("engine", torch.library.Library("tpfuse_attention_engine", "FRAGMENT"))
+    for name in ("attention", "fp8_only"):
+        library.define(f"{name}(Tensor q, Tensor k, Tensor v, Tensor(a!) output, {rest}) -> ()")
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"tpfuse_attention_engine::{name}", lambda *_, **__: None, lib=library)
+    library.define("cache_update(Tensor k, Tensor v, str layer_name) -> Tensor")
+    library.impl("cache_update", lambda k, v, _: k.new_empty(0), "CompositeExplicitAutograd")
+    torch.library.register_fake("tpfuse_attention_engine::cache_update", lambda k, v, _: k.new_empty(0), lib=library)
+    register(EngineAttention("tpfuse_attention_engine::attention"))
+    register(EngineAttention("tpfuse_attention_engine::fp8_only", schemes=("fp8_tensor",)))
 
 
 def layer(quantise: Any, operator: str = "attention", by_heads: bool = True, mutates: bool = False) -> Any:
@@ -62,9 +61,9 @@ def layer(quantise: Any, operator: str = "attention", by_heads: bool = True, mut
 
     def model(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Any:
         output = torch.empty_like(q)
-        dependency = torch.ops.tpfuse_engine.cache_update(k, v, "layers.0")
+        dependency = torch.ops.tpfuse_attention_engine.cache_update(k, v, "layers.0")
         buffer = output.view(-1, HEADS, WIDTH) if by_heads else output
-        call = getattr(torch.ops.tpfuse_engine, operator)
+        call = getattr(torch.ops.tpfuse_attention_engine, operator)
         if mutates:
             call(q, k, v, buffer, "layers.0", None, None, dependency)
         else:
@@ -128,7 +127,7 @@ SCHEMES: dict[str, tuple[Any, torch.dtype]] = {
 def test_quantises_itself(name: str) -> None:
     quantise, dtype = SCHEMES[name]
     names, (event,) = fused(layer(quantise))
-    assert not names and event.status == "fired" and event.attributes["operator"] == "tpfuse_engine::attention"
+    assert not names and event.status == "fired" and event.attributes["operator"] == "tpfuse_attention_engine::attention"
     (call,) = CALLS
     assert call["layer"] == "layers.0" and call["dtype"] == dtype and call["dependency"].shape == (0,)
 
