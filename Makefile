@@ -11,11 +11,12 @@ PROMPT ?= The capital of France is
 export OMP_NUM_THREADS = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test lint ruff pyright imports install
+.PHONY: help demo test mutants gpu-test lint ruff pyright imports install
 
 help:
 	@echo "make demo      run SmolLM2-135M tensor-parallel on three CPU ranks, fused beside unfused"
 	@echo "make test      lint, then every test that needs no GPU"
+	@echo "make mutants   break the code on purpose, a small patch at a time, and see that the tests notice"
 	@echo "make gpu-test  the GPU tests, with the current Python (GPU_PYTHON=...), installing nothing"
 	@echo "make lint      ruff, pyright, import directions"
 
@@ -50,6 +51,9 @@ test: lint
 	timeout --kill-after=20 1800 $(BIN)/python -m pytest -n 2 -m "not ranks" || status=1; \
 	timeout --kill-after=20 1800 $(BIN)/python -m pytest -m ranks || status=1; \
 	exit $$status
+
+mutants: $(INSTALLED)
+	timeout --kill-after=20 1800 $(BIN)/python -m tests.mutants
 
 gpu-test:
 	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/gpu

@@ -168,12 +168,33 @@ def test_uuid_of_inductor_pass():
     assert uuid({"fuel": 1}) == different[2] and all(isinstance(u, str | bytes) for u in different)
 
 
+@pytest.mark.timeout(300)
+def test_no_less_exact_than_plain_inductor(tmp_path, monkeypatch):
+    """Inductor's loops keep FP32 from the all-reduce to the norm's end; so must what stands in their place."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, exact = Stack(64).bfloat16(), Stack(64).double()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.mul_(3)
+    exact.load_state_dict(model.state_dict())
+    x = (torch.randn(512, 64) * 0.02).bfloat16()
+    true = exact(x.double())
+    compiled = tpfuse.compile(model, fullgraph=True)
+    plain, fused = (((run(x).double() - true).norm() / true.norm()).item() for run in (torch.compile(model), compiled))
+    assert compiled.report.counts() == {"all_reduce_add_rms_norm": ALL}
+    assert 0 < fused <= 1.1 * plain
+
+
 def test_events_are_logged(caplog):
-    with caplog.at_level(logging.DEBUG, logger="tpfuse"):
-        report = run()
+    """Those of a range and those of the raised graph, a layer norm among them."""
+    model = torch.nn.Sequential(Stack(HIDDEN, layers=1), torch.nn.LayerNorm(HIDDEN))
+    with caplog.at_level(logging.DEBUG, logger="tpfuse"), interpreted():
+        compiled = tpfuse.compile(model, fullgraph=True)
+        compiled(rows())
     logged = [r.getMessage() for r in caplog.records if r.name.startswith("tpfuse")]
-    for event in report.events:
-        assert sum(str(event) in line for line in logged) >= 1, event
+    assert "variance" in {e.reason.code for e in compiled.report.shared}
+    for event in compiled.report.events:
+        assert any(str(event) in line for line in logged), event
 
 
 SCRIPT = """
@@ -190,13 +211,17 @@ print(compiled.report)
 
 
 @pytest.mark.parametrize(("setting", "lines"), [("tpfuse", 1), ("+tpfuse", 6)])
-def test_torch_logs(setting, lines):
-    """TORCH_LOGS takes the name of a module: its events are those of the report."""
-    environment = {**os.environ, "TORCH_LOGS": setting, "PYTHONPATH": os.pathsep.join(sys.path)}
+def test_torch_logs(setting, lines, tmp_path):
+    """TORCH_LOGS takes the name of a module: its events are those of the report.  TORCH_TRACE gets them as an artifact."""
+    environment = {
+        **os.environ, "TORCH_LOGS": setting, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # fmt: skip
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=110, check=True)
     logged = [line for line in done.stderr.splitlines() if "graph 0, tokens" in line]
     assert len(logged) == lines, done.stderr
+    (trace,) = (path.read_text() for path in tmp_path.iterdir())
+    assert "tpfuse_graph_0_tokens_8" in trace and trace.count("fired    all_reduce_add_rms_norm") == 2
     if setting == "+tpfuse":  # every event, as the report prints it
         for line in done.stdout.splitlines()[1:]:
             event, _, times = line.strip().partition("  × ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -24,6 +25,7 @@ from tpfuse.runtime.key import cache_key
 from tpfuse.shim import CustomGraphPass
 from tpfuse.target import UNBOUNDED, Range, Target
 
+log = logging.getLogger("tpfuse")
 _last: list[Report] = []
 
 
@@ -98,10 +100,10 @@ def compile_graph(
 ) -> Callable[[list[Any]], Any]:
     """Stands where Inductor compiles one graph: raise it now, fuse and lower it when each range is first needed."""
     if not kwargs.get("is_inference"):
-        report.shared.append(Event("declined", "graph", reason=Decline("training", "gradients are on: plain Inductor")))
+        _share(report, [Event("declined", "graph", reason=Decline("training", "gradients are on: plain Inductor"))])
         return shim.compile_fx_inner(gm, inputs, **kwargs)
     kept = drop_opaque_inputs(gm, kwargs)
-    report.shared += raise_graph(gm.graph)
+    _share(report, raise_graph(gm.graph))
     verify(gm.graph, "raise")
     dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel)
     if len(kept) == len(inputs):
@@ -114,6 +116,13 @@ def compile_graph(
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def _share(report: Report, events: Sequence[Event]) -> None:
+    """Put events of no particular range in the report and in the log."""
+    report.shared += events
+    for event in events:
+        log.debug("every range: %s", event)
 
 
 def drop_opaque_inputs(gm: fx.GraphModule, kwargs: dict[str, Any]) -> list[int]:
@@ -190,7 +199,7 @@ def explain(
         outputs = shim.pytree_leaves(gm.graph.find_nodes(op="output")[0].args)
         zeros = [_zeros(n.meta["val"]) if isinstance(n, fx.Node) else n for n in outputs]
         before = listing(gm.graph)
-        report.shared.extend(raise_graph(gm.graph))
+        _share(report, raise_graph(gm.graph))
         verify(gm.graph, "raise")
         dispatcher = Dispatcher(gm, inner, config, {}, report, Fuel(config.fuel), targets)
         for limits in dispatcher.ranges:
@@ -250,7 +259,7 @@ class InductorPass(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         _last[:] = [self.report]
-        self.report.shared += raise_graph(graph)
+        _share(self.report, raise_graph(graph))
         verify(graph, "raise")
         gm = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module
         dispatcher = Dispatcher(gm, {}, self.config, {}, self.report, Fuel(self.config.fuel))

@@ -171,6 +171,13 @@ def opaque_object(value: Any) -> bool:
     return not isinstance(value, Tensor | SymInt | int | float | bool | torch.SymFloat | torch.SymBool) and value is not None
 
 
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Leave a text in torch's structured trace (TORCH_TRACE), which tlparse shows; nothing where tracing is off."""
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
 def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +53,7 @@ def expected(name: str) -> dict[str, int]:
 
 
 @two_ranks
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", models.EXTRA)
 def test_every_all_reduce_is_fused(ranks: RankPool, name: str) -> None:
     results = ranks.run(measure, name, timeout=300)

@@ -156,7 +156,15 @@ class Op:
         return self.launcher(name)(*own, alive=living)
 
     def _reference_alive(self, *args: Any, alive: tuple[bool, ...]) -> Any:
-        return _keep(self.reference(*args), alive)
+        """The body as a kernel.  A composite with a norm runs in FP32 and rounds its results at the end: Inductor's loops over
+        the unfused chain keep FP32 between its steps too, and a fused site must not be less exact than they are."""
+        if self.leaf_fake is not None or self.variadic or "eps" not in self.params or not any(map(_is_low, args)):
+            return _keep(self.reference(*args), alive)
+        out = self.reference(*(a.float() if _is_low(a) else a for a in args))
+        like = self.fake(*args)
+        if self.results == 1:
+            return out.to(like.dtype)
+        return _keep(tuple(o.to(e.dtype) for o, e in zip(out, like, strict=True)), alive)
 
     def _lowered_fake(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
         own, _, living = self._own(args, kernel, alive)
@@ -233,6 +241,10 @@ def _optional(y: fx.Proxy, target: Any, argument: fx.Proxy) -> fx.Proxy:
     out = y.tracer.create_proxy("call_function", target, (y, argument), {})
     out.node.meta["optional"] = argument.node.name
     return out
+
+
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _keep(out: Any, alive: tuple[bool, ...]) -> Any:

@@ -151,6 +151,7 @@ class Dispatcher:
         log.info("graph %d, tokens %s: compiled in %.1f s", self.number, limits, time.perf_counter() - start)
         for event in result.events:
             log.debug("graph %d, tokens %s: %s", self.number, limits, event)
+        shim.trace_artifact(f"tpfuse_graph_{self.number}_tokens_{limits}", lambda: "\n".join(map(str, result.events)))
         compiled = Compiled(call, guards)
         self.compiled[limits].append(compiled)
         return compiled

@@ -1,0 +1,141 @@
+"""Break the code on purpose and see that a test notices: `python -m tests.mutants [NAME …]`.
+
+Each mutant is one replacement in a temporary copy of the sources, with the tests that have to fail.  They are run first
+on the unbroken copy, where all have to pass.  Prints a table; ends with 1 if a mutant survives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch._inductor.compile_fx  # noqa: F401  before the forks
+import torch.distributed  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = "tests/dist/test_agreement.py::test_subgroups"
+SEAMS = "tests/test_seams.py"
+NEAR = "tests/test_near_misses.py::test_reason"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """file: below src/tpfuse.  old, new: the replacement; old occurs there exactly once.  tests: one of them has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def norm_tests(name: str) -> str:
+    return f"tests/raising/test_norms.py::test_spelling[{name}-torch.bfloat16]"
+
+
+MUTANTS = [
+    Mutant("a rank dropped", "ir/collective.py", 'return _c10d.wait_tensor(_c10d.all_reduce(x, "sum", group))',
+           "return x.clone()", (PIPELINE,)),
+    Mutant("maximum for sum", "ir/collective.py", '_c10d.all_reduce(x, "sum", group)', '_c10d.all_reduce(x, "max", group)',
+           (PIPELINE,)),
+    Mutant("reduce op not looked at", "raising/collectives.py", 'node.args[1] != "sum"', "False", (f"{NEAR}[reduce_op]",)),
+    Mutant("wrong group", "ir/collective.py", '_c10d.all_reduce(x, "sum", group)', '_c10d.all_reduce(x, "sum", "0")',
+           (PIPELINE,)),
+    Mutant("wrong epsilon", "ir/norm.py", "keepdim=True) + eps)", "keepdim=True) + eps * 1.1)", (norm_tests("llama"),)),
+    Mutant("epsilon not recovered", "raising/norms.py", "shortest(eps, tensor(wide).dtype)", "eps",
+           ("tests/raising/test_norms.py::test_epsilon_is_recovered[1e-06]",)),
+    Mutant("weight_bias ignored", "ir/norm.py", "scale if weight_bias == 0.0 else scale + weight_bias", "scale",
+           (norm_tests("Gemma"),)),
+    Mutant("low_bias ignored", "ir/norm.py", "if weight_bias == 0.0 or how.low_bias else", "if weight_bias == 0.0 else",
+           (norm_tests("Gemma in the model's dtype"),)),
+    Mutant("casting order", "ir/norm.py", 'y.to(x.dtype) if how.base == "cast_first" else y', "y", (norm_tests("llama"),)),
+    Mutant("residual dropped", "ir/norm.py", "h = torch.ops.aten.add.Tensor(x, residual)",
+           "h = torch.ops.aten.add.Tensor(x, x)", (f"{SEAMS}::test_only_one_pass",)),
+    Mutant("scale dropped", "ir/op.py", "return y if alpha == 1.0 else y * alpha", "return y",
+           ("tests/fusion/test_scale.py",)),
+    Mutant("bias dropped", "ir/op.py", "return y if bias is None else y + bias", "return y",
+           ("tests/ir/test_operators.py::test_reference_against_float64",)),
+    Mutant("bias of any shape", "ir/fused.py", 'bias.dim() != 1 or bias.shape[0] != args["x"].shape[-1]', "False",
+           (f"{NEAR}[bias_shape]",)),
+    Mutant("weight of any dtype", "ir/fused.py", "weight.dtype != args[\"x\"].dtype", "False", (f"{NEAR}[weight_dtype]",)),
+    Mutant("inner results may be read", "rewrite/rule.py", "if user not in inside:", "if False:",
+           (f"{NEAR}[second_user]",)),
+    Mutant("axis not looked at", "raising/norms.py", "if not reduces_last(total.args[1], value):", "if False:",
+           (f"{NEAR}[axis]", "tests/raising/test_norms.py::test_near_miss[axis]")),
+    Mutant("collectives unordered", "ir/op.py", "Tensor(a!) channel, ", "Tensor channel, ",
+           ("tests/dist/test_order.py",)),
+    Mutant("fuel is endless", "compiler.py", "if self.left == 0:", "if False:", (f"{SEAMS}::test_fuel_fuses_exactly_so_many",)),
+    Mutant("dead results kept alive", "lowering/select.py", "if u.target is operator.getitem and u.users}",
+           "if u.target is operator.getitem and not u.users}", (f"{SEAMS}::test_only_one_pass",)),
+    Mutant("end point in the upper range", "lowering/ranges.py", "ranges.append(Range(start, end))",
+           "ranges.append(Range(start, max(start, end - 1)))", (f"{SEAMS}::test_each_range_has_its_passes_and_options",)),
+    Mutant("disabled passes run", "config.py", "name not in self.disable_passes and", "True and",
+           (f"{SEAMS}::test_disabled_passes",)),
+    Mutant("verify never fails", "ir/check.py", "if not error <= base * MARGIN", "if False and not error <= base * MARGIN",
+           (f"{SEAMS}::test_verify_finds_a_wrong_kernel",)),
+    Mutant("strict is silent", "runtime/dispatch.py", "if self.config.strict and", "if False and",
+           ("tests/test_near_misses.py::test_strict_names_the_site_and_the_reason",)),
+    Mutant("nobody agrees", "runtime/agreement.py", "        if lines != mine:", "        if False:",
+           ("tests/dist/test_agreement.py::test_difference_is_named_on_every_rank[world2-epsilon]",)),
+    Mutant("config not in the cache key", "runtime/key.py", "repr(config), ", "", (f"{SEAMS}::test_uuid_of_inductor_pass",)),
+]  # fmt: skip
+
+
+def run(folder: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass in a copy.  They run in a fork of this process, which has imported torch and nothing of ours."""
+    log = folder / "log.txt"
+    child = os.fork()
+    if child == 0:
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.chdir(folder)
+        sys.modules.pop("tests", None)
+        sys.path[:0] = [str(folder / "src"), str(folder)]
+        os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", *tests]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, 1):  # not the tests' word
+        raise SystemExit(f"pytest ended with {code}:\n{log.read_text()[-5000:]}")
+    return code == 0
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for part in ("src", "tests", "tools", "pyproject.toml", "CONTRIBUTING.md"):
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, folder / part)
+        for mutant in chosen:
+            text = (ROOT / "src/tpfuse" / mutant.file).read_text()
+            if text.count(mutant.old) != 1:
+                raise SystemExit(f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times in {mutant.file}")
+        if not run(folder, tuple(dict.fromkeys(test for mutant in chosen for test in mutant.tests))):
+            raise SystemExit(f"the tests fail without a mutant:\n{(folder / 'log.txt').read_text()[-5000:]}")
+        for mutant in chosen:
+            path = folder / "src/tpfuse" / mutant.file
+            text = path.read_text()
+            path.write_text(text.replace(mutant.old, mutant.new))
+            start = time.monotonic()
+            survived = run(folder, mutant.tests)
+            path.write_text(text)
+            if survived:
+                survivors.append(mutant.name)
+            verdict, seconds = "SURVIVED" if survived else "killed", time.monotonic() - start
+            print(f"{verdict:10}{mutant.name:34}{mutant.file:28}{seconds:6.1f} s", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
