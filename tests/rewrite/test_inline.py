@@ -13,7 +13,7 @@ from tpfuse.ir.op import Op, find
 from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse
 
-LOCAL = [op for op in registry.values() if not op.collective]
+LOCAL = [op for op in registry.values() if "group" not in op.params]
 COMPOSITES = [op for op in LOCAL if op.leaf_fake is None]
 
 
