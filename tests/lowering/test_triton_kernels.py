@@ -9,6 +9,7 @@ import torch
 
 from tpfuse.ir import fused
 from tpfuse.ir.op import Kernel, load
+from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.lowering.select import pick
 from tpfuse.report import Decline
 from tpfuse.target import Target
@@ -61,9 +62,38 @@ def test_every_launcher_exists() -> None:
     for op in (
         fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
         fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.rms_norm_quantize,
-        fused.add_rms_norm_quantize, fused.act_and_mul_quantize,
+        fused.add_rms_norm_quantize, fused.act_and_mul_quantize, qk_norm_rope,
     ):  # fmt: skip
         kernels = [k for k in op.kernels if k.backend == "triton"]
         assert kernels
         for kernel in kernels:
             assert callable(load(kernel.launch))
+
+
+def heads(width: int = 128, dtype: torch.dtype = torch.bfloat16, **others: Any) -> dict[str, Any]:
+    q, k = (torch.empty(1, 7, n, width, dtype=dtype, device="meta") for n in (8, 2))
+    weight, table = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ([width], [1, 7, width]))
+    return {"q": q, "k": k, "q_weight": weight, "k_weight": weight, "cos": table, "sin": table, "eps": 1e-6, "weight_bias": 0.0,
+            "rounding": "cast_first", "style": "half", **others}  # fmt: skip
+
+
+def test_heads() -> None:
+    found = pick(qk_norm_rope, heads(), H100, "auto")
+    assert isinstance(found, Kernel) and found.name == "triton"
+
+
+@pytest.mark.parametrize(
+    "args, code",
+    [
+        (heads(1024), "head_dim"),
+        (heads(15), "head_dim"),
+        (heads(dtype=torch.float32), "dtype"),
+        (heads(k=torch.empty(1, 7, 2, 128, dtype=torch.float16, device="meta")), "dtype"),
+        (heads(k_weight=torch.empty(128, device="meta")), "weight_dtype"),
+        (heads(rounding="cast_last+keep_f32"), "rounding"),
+        (heads(q=torch.empty(1, 7, 128, 8, dtype=torch.bfloat16, device="meta").transpose(2, 3)), "strides"),
+    ],
+)
+def test_heads_that_are_declined(args: dict[str, Any], code: str) -> None:
+    found = pick(qk_norm_rope, args, H100, "auto")
+    assert isinstance(found, Decline) and f"triton: {code}" in found.detail

@@ -13,13 +13,16 @@ import torch
 
 from tpfuse.formats import Scheme
 from tpfuse.ir import fused
+from tpfuse.ir.norm import Rounding
 from tpfuse.ir.op import Args, Op
+from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.report import Decline
 from tpfuse.target import Target
 
 MAX_HIDDEN = 16384
 MAX_ACT_HIDDEN = 32768  # where one scale spans the row
 MAX_WORLD = 8
+MAX_HEAD_DIM = 512
 DTYPES = (torch.bfloat16, torch.float16)
 
 Supports = Callable[[Args, Target], Decline | None]
@@ -43,6 +46,24 @@ def act_supports(args: Args, target: Target) -> Decline | None:
         return reason
     if Scheme.parse(args["scheme"]).name == "fp8_token" and hidden > MAX_ACT_HIDDEN:
         return Decline("hidden_too_large", f"one scale for a row of {hidden}: at most {MAX_ACT_HIDDEN}")
+    return None
+
+
+def rope_supports(args: Args, target: Target) -> Decline | None:
+    """For the norms of q's and k's heads and their rotation."""
+    q, k, width = args["q"], args["k"], args["q"].shape[-1]
+    if reason := _device(target):
+        return reason
+    if q.dtype not in DTYPES or k.dtype != q.dtype:
+        return Decline("dtype", f"bfloat16 and float16 are supported, one for both, not {q.dtype} and {k.dtype}")
+    if any(w is not None and w.dtype != q.dtype for w in (args["q_weight"], args["k_weight"])):
+        return Decline("weight_dtype", f"a weight is not {q.dtype}, which q and k are")
+    if Rounding.parse(args["rounding"]).keep_f32:
+        return Decline("rounding", "the norms' results stay in FP32")
+    if width % 2 or width > MAX_HEAD_DIM:
+        return Decline("head_dim", f"heads of {width}: even widths up to {MAX_HEAD_DIM} are supported")
+    if any(x.stride(-1) != 1 for x in (q, k)):
+        return Decline("strides", "the elements of a head do not lie side by side")
     return None
 
 
@@ -95,3 +116,4 @@ for _op in (
 _local(fused.rms_norm_quantize, norm_supports)
 _local(fused.add_rms_norm_quantize, norm_supports)
 _local(fused.act_and_mul_quantize, act_supports)
+qk_norm_rope.kernel("triton", "tpfuse.kernels.rope:qk_norm_rope", rope_supports)
