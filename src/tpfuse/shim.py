@@ -64,6 +64,40 @@ def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[
     return buffer, [address + offset for address in handle.buffer_ptrs], handle
 
 
+def cuda_library() -> Any:
+    """The CUDA driver, by ctypes."""
+    import ctypes
+
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def nvrtc(source: str, name: str, architecture: str, options: list[str]) -> bytes:
+    """Machine code for an `extern "C"` kernel.  architecture: "90a".  RuntimeError with the compiler's messages."""
+    import ctypes
+
+    from torch.cuda._utils import _get_nvrtc_library
+
+    library = _get_nvrtc_library()
+    program = ctypes.c_void_p()
+    flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *options]
+    array = (ctypes.c_char_p * len(flags))(*[flag.encode() for flag in flags])
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), f"{name}.cu".encode(), 0, None, None)
+    try:
+        if library.nvrtcCompileProgram(program, len(flags), array):
+            size = ctypes.c_size_t()
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"{name} does not compile:\n{log.value.decode()}")
+        size = ctypes.c_size_t()
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        image = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, image)
+        return image.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
 def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]) -> Any:
     """Inductor from the Dynamo level down, `inner` in place of its graph compiler, AOTAutograd's own cache off: with it on,
     another run's artifact of the same Dynamo graph would be executed and `inner` never called."""

@@ -44,10 +44,10 @@ def test_sections_do_not_overlap_and_are_aligned(world: int, tokens: int, hidden
     for size in (layout.one_shot, layout.inbox, layout.outbox, layout.scales):
         assert size > 0 and size % ALIGNMENT == 0
     assert layout.one_shot_slot == (world - 1) * layout.one_shot
-    assert layout.two_shot_offset == 3 * layout.one_shot_slot
+    assert layout.two_shot_offset == 2 * layout.one_shot_slot
     assert layout.outbox_offset == (world - 1) * layout.inbox
     assert layout.scales_offset == layout.outbox_offset + layout.outbox
-    assert layout.total == layout.two_shot_offset + 3 * (layout.scales_offset + layout.scales)
+    assert layout.total == layout.two_shot_offset + 2 * (layout.scales_offset + layout.scales)
 
 
 @pytest.mark.parametrize("world", WORLDS)

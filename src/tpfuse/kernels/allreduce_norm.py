@@ -25,7 +25,6 @@ from .rows import NVFP4, load_row, load_weight, quantise_row, rms_normalise, sto
 from .signal import (
     OPERATORS,
     arrive,
-    clear,
     done,
     load_words,
     poll_words,
@@ -72,7 +71,7 @@ def one_shot_kernel(
         buffers = buffers + (tl.load(table + peer).to(tl.pointer_type(tl.int32)),)
 
     wait_for_inputs(ASM)
-    slot, extent, _, sequence = read_state(state, PROTOCOL, ASM)
+    slot, sequence = read_state(state, PROTOCOL, ASM)
     start = first.to(tl.int64) * row_words
     own = buffers[RANK] + slot.to(tl.int64) * slot_words - start
     x_words = x.to(tl.pointer_type(tl.int32))
@@ -87,10 +86,8 @@ def one_shot_kernel(
             push_words(there + (lane - start), words, active, 4, ASM)
         row += tl.num_programs(0)
 
-    previous = buffers[RANK] + ((slot + 2) % 3).to(tl.int64) * slot_words
-    for s in tl.static_range(WORLD - 1):
-        clear(previous + s * section.to(tl.int64), extent, VECTORS, ASM)
-    arrive(state, slot, (end - first) * row_vectors, 0, sequence, PROTOCOL, ASM)
+    if end > first:  # an empty call brings no ranks together: it must not take a turn
+        arrive(state, slot, sequence, PROTOCOL, ASM)
 
     w = load_weight(weight, cols, mask, weight_bias, WEIGHT)
     w2 = load_weight(weight2, cols, mask, weight_bias, WEIGHT2)
@@ -142,7 +139,7 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
         )
     channel.check()
     outputs = call.outputs()
-    for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel, and takes its turn
+    for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel
         end = min(tokens, first + chunk)
         arguments: list[Any] = [
             x, *call.operands(x, outputs), channel.table, channel.state, first, end, tokens,
@@ -152,7 +149,7 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
         one_shot_kernel[(channel.blocks(end - first, plan.warps),)](
             *arguments, RANK=channel.rank, WORLD=channel.world, OPERATOR=OPERATORS.index(call.operator),
             VECTORS=plan.vectors, BLOCK=plan.block, ASM=channel.asm, **call.flags(plan.block),
-            **channel.options(plan.warps, first == 0),
+            **channel.options(plan.warps),
         )  # fmt: skip
     if not channel.asm:
         channel.check()

@@ -61,7 +61,7 @@ class NormCall:
     def outputs(self) -> Outputs:
         x = self.x
         q, scales = quantize_fake(x, self.scheme, self.layout) if self.quantised else (x.new_empty(0), x.new_empty(0))
-        dtype = torch.float32 if Rounding.parse(self.rounding).keep_f32 else x.dtype
+        dtype = torch.float32 if keeps_f32(self.rounding) else x.dtype
         norm = x.new_empty(x.shape if self.alive[2] else (0,), dtype=dtype)
         return Outputs(q, scales, norm, x.new_empty(x.shape if self.alive[3] else (0,)))
 
@@ -69,12 +69,15 @@ class NormCall:
         """The operator's tuple."""
         return tuple(outputs) if self.scheme else (outputs.norm, outputs.reduced)
 
+    def given(self) -> tuple[Tensor | None, ...]:
+        """residual, bias, weight, weight2, scale as kernels read them."""
+        small = (None if t is None else t.contiguous() for t in (self.bias, self.weight, self.weight2, self.scale))
+        return None if self.residual is None else rows_of(self.residual), *small
+
     def operands(self, x: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
-        """The kernels' pointers after x; `x` itself stands in for those that are absent."""
+        """The Triton kernels' pointers after x; `x` itself stands in for those that are absent."""
         q, scales = quantised_views(outputs.q, outputs.scales, self.scheme)
-        residual = x if self.residual is None else rows_of(self.residual)
-        absent = (x if t is None else t.contiguous() for t in (self.bias, self.weight, self.weight2, self.scale))
-        return residual, *absent, outputs.norm, outputs.reduced, q, scales
+        return *(x if t is None else t for t in self.given()), outputs.norm, outputs.reduced, q, scales
 
     def numbers(self, outputs: Outputs) -> tuple[int | float, ...]:
         return *scale_strides(outputs.scales), self.alpha, self.eps, self.eps2, self.weight_bias
@@ -148,6 +151,11 @@ def quantised_views(q: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Ten
     if scheme and q.dtype == torch.uint8:
         return q.view(torch.int8), scales.view(torch.int8)
     return q, scales
+
+
+def keeps_f32(rounding: str) -> bool:
+    """Whether the norm stays in FP32."""
+    return Rounding.parse(rounding).keep_f32
 
 
 def scale_strides(scales: Tensor) -> tuple[int, int]:

@@ -63,14 +63,9 @@ class Channel:
         self.state[: RECORD_WORD.value].zero_()
         self.table.copy_(torch.tensor(addresses))
 
-    def options(self, warps: int, first: bool) -> dict[str, Any]:
-        """Triton's launch options; the interpreter takes none.
-
-        first: of its call.  The others follow a kernel whose blocks fill the device until it ends: beginning early would
-        win nothing.
-        """
-        early = self.early and first
-        return {"num_warps": warps, "maxnreg": MAX_REGISTERS, "launch_pdl": early} if self.asm else {}
+    def options(self, warps: int) -> dict[str, Any]:
+        """Triton's launch options; the interpreter takes none."""
+        return {"num_warps": warps, "maxnreg": MAX_REGISTERS, "launch_pdl": self.early} if self.asm else {}
 
     @property
     def asm(self) -> bool:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 VECTOR_BYTES = 16
 MAX_HIDDEN = 16384
 MAX_WORLD = 8
-SLOTS = 3
+SLOTS = 2
 ALIGNMENT = 128
 # Registers a thread may take.  At 64, THREADS_PER_SM threads fit an SM whatever the kernel: what a grid relies on when
 # its blocks wait for one another.
 MAX_REGISTERS = 64
 THREADS_PER_SM = 65536 // MAX_REGISTERS
 # The largest message of the one-shot, over all peers together, and of one launch of the two-shot.
-ONE_SHOT_BYTES = 16 << 20
+ONE_SHOT_BYTES = 32 << 20
 TWO_SHOT_BYTES = 32 << 20
 # Bytes to the peers up to which a call goes by the one-shot: 4 MiB, where both took about the same time on two H100s.
 ONE_SHOT_LIMIT = 4 << 20
@@ -59,8 +59,8 @@ def resident_blocks(sms: int, warps: int, concurrency: int = 1) -> int:
 class ChannelLayout:
     """Where things lie in a rank's receive buffer of one channel.  Sizes and offsets in bytes.
 
-    One-shot: three slots of `world - 1` sections of `one_shot` bytes, one per peer in rank order.
-    Two-shot: three slots, each of `world - 1` sections of `inbox` bytes (the peers' partial rows of this rank's shard)
+    One-shot: two slots of `world - 1` sections of `one_shot` bytes, one per peer in rank order.
+    Two-shot: two slots, each of `world - 1` sections of `inbox` bytes (the peers' partial rows of this rank's shard)
     and an outbox of `outbox` bytes (the finished rows of all ranks) with `scales` bytes for their scales.
     """
 

@@ -1,10 +1,12 @@
 """Signals between GPUs: data that says of itself whether it has arrived, and bounded waits.
 
-There are no flags.  A receive slot is filled with `EMPTY` words (two bf16 -0.0), a sender overwrites it with 16-byte
+There are no flags.  Receive slots are full of `EMPTY` words (two bf16 -0.0), a sender overwrites them with 16-byte
 vectors in which no word is `EMPTY` (such a word becomes two +0.0: the sign of a zero is the one thing that is lost),
 and a receiver polls the words that it needs, in its own memory, until none is `EMPTY` (Lamport's trick, as the fastest
-all-reduce kernels use it).  A wait that lasts longer than the channel's time-out writes one record to pinned host
-memory and traps: it never falls through into a result.
+all-reduce kernels use it), and leaves them `EMPTY`.  Two slots take turns: while a rank empties one, a fast peer may
+write the other; it writes the first again only after it has seen this rank's next call, so after the emptying.  A wait
+that lasts longer than the channel's time-out writes one record to pinned host memory and traps: it never falls through
+into a result.
 
 Device functions take `ASM`: with it, vectors move by inline assembly; without it (Triton's interpreter on CPU tensors)
 by ordinary loads and stores, the arithmetic around them being the same.
@@ -19,7 +21,7 @@ import triton.language as tl
 
 EMPTY = tl.constexpr(-2147450880)  # 0x80008000
 # Words of a channel's state (int32, in device memory, so that graph replay finds them as they are).  Each protocol has
-# a block: slot, extent A and extent B of the call before (in vectors), sequence number, arrivals.
+# a block: slot, sequence number, two unused, arrivals.
 PROTOCOL_WORDS = tl.constexpr(8)
 RECORD_WORD = tl.constexpr(24)  # two words: address of the error record
 TIMEOUT_WORD = tl.constexpr(26)  # two words: nanoseconds (in the interpreter: polls)
@@ -127,12 +129,15 @@ def _poll_asm(sections, width, operator, rank):
     for s in reversed(range(sections)):
         for w in range(width):
             blame.append(f"setp.eq.b32 q, ${s * width + w}, 0x80008000; @q mov.u32 t, {s};")
+    empty = ", ".join(["t"] * width)
+    empty = "{" + empty + "}" if width > 1 else empty
+    emptied = [f"st.relaxed.gpu.global{_vector(width, 0)[0]} [a{s}], {empty};" for s in range(sections)]
     zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
     return f"""{{
         .reg .pred q, late; .reg .b32 n, t; .reg .b64 start, now, bound, record; .reg .b64 a<{sections}>;
         {zeros}
         setp.eq.s32 q, {active}, 0;
-        @q bra DONE;
+        @q bra SKIP;
         {" ".join(addresses)}
         mov.u32 n, 0;
         mov.u64 start, 0;
@@ -167,6 +172,9 @@ def _poll_asm(sections, width, operator, rank):
         fence.acq_rel.sys;
         trap;
     DONE:
+        mov.b32 t, 0x80008000;
+        {" ".join(emptied)}
+    SKIP:
     }}"""
 
 
@@ -178,7 +186,7 @@ _ARRIVE_ASM = tl.constexpr("""{
     mov.u32 n, 0xffffffff;
     @p atom.relaxed.gpu.global.add.u32 n, [$1 + 16], 1;
     setp.eq.u32 last, n, $2;
-    @last st.relaxed.gpu.global.v4.b32 [$1], {$3, $4, $5, $6};
+    @last st.relaxed.gpu.global.v2.b32 [$1], {$3, $4};
     @last st.relaxed.gpu.global.b32 [$1 + 16], 0;
     mov.b32 $0, 0;
 }""")
@@ -263,7 +271,8 @@ def poll_words(
     ptr, stride, first, active, state, sequence,
     SECTIONS: tl.constexpr, WIDTH: tl.constexpr, OPERATOR: tl.constexpr, RANK: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Wait for `WIDTH` words at `ptr`, at `ptr + stride`, ... (`SECTIONS` of them; stride in words): a flat tuple.
+    """Wait for `WIDTH` words at `ptr`, at `ptr + stride`, ... (`SECTIONS` of them; stride in words): a flat tuple.  The
+    words are left EMPTY.
 
     first: which peer the first section is of, counted without this rank.
     """
@@ -298,60 +307,38 @@ def poll_words(
                 tl.store(record + 3, RANK)
                 tl.store(record + 4, first + s)
                 tl.store(record, 1)
+            for w in tl.static_range(WIDTH):
+                tl.store(ptr + s * stride + w, EMPTY, mask=active)
             result = result + words
         return result
 
 
 @triton.jit
 def read_state(state, PROTOCOL: tl.constexpr, ASM: tl.constexpr):
-    """(slot, extent A, extent B, sequence number) of a protocol on this channel."""
+    """(slot, sequence number) of a protocol on this channel."""
     block = state + PROTOCOL * PROTOCOL_WORDS
     if ASM:
         return tl.inline_asm_elementwise(
-            "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [block.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            "ld.relaxed.gpu.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [block.to(tl.int64)],
+            dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        return tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
+        return tl.load(block), tl.load(block + 1)
 
 
 @triton.jit
-def arrive(state, slot, a, b, sequence, PROTOCOL: tl.constexpr, ASM: tl.constexpr):
+def arrive(state, slot, sequence, PROTOCOL: tl.constexpr, ASM: tl.constexpr):
     """Count this block in, after all its threads have read the state; the last one advances the slot."""
     block = state + PROTOCOL * PROTOCOL_WORDS
-    following = (slot + 1) % 3
     last = tl.num_programs(0) - 1
     if ASM:
         tl.debug_barrier()
         tl.inline_asm_elementwise(
-            _ARRIVE_ASM, "=r,l,r,r,r,r,r", [block.to(tl.int64), last, following, a, b, sequence + 1],
+            _ARRIVE_ASM, "=r,l,r,r,r", [block.to(tl.int64), last, 1 - slot, sequence + 1],
             dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         if tl.atomic_add(block + 4, 1) == last:
-            tl.store(block, following)
-            tl.store(block + 1, a)
-            tl.store(block + 2, b)
-            tl.store(block + 3, sequence + 1)
+            tl.store(block, 1 - slot)
+            tl.store(block + 1, sequence + 1)
             tl.store(block + 4, 0)
-
-
-@triton.jit
-def clear(ptr, vectors, BLOCK: tl.constexpr, ASM: tl.constexpr):
-    """Fill `vectors` 16-byte vectors at `ptr` with EMPTY, all blocks of the grid sharing the work."""
-    lane = tl.arange(0, BLOCK)
-    start = tl.program_id(0) * BLOCK
-    while start < vectors:
-        active = start + lane < vectors
-        where = ptr + (start + lane).to(tl.int64) * 4
-        word = tl.full([BLOCK], EMPTY, tl.int32)
-        if ASM:
-            tl.inline_asm_elementwise(
-                _store_asm(4, ".relaxed.gpu"), "=r,l,r,r,r,r,r",
-                [where.to(tl.int64), word, word, word, word, active.to(tl.int32)],
-                dtype=tl.int32, is_pure=False, pack=1,
-            )  # fmt: skip
-        else:
-            for w in tl.static_range(4):
-                tl.store(where + w, word, mask=active)
-        start += tl.num_programs(0) * BLOCK

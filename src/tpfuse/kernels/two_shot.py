@@ -23,7 +23,6 @@ from .rows import NVFP4, load_row, load_weight, quantise_row, rms_normalise, sto
 from .signal import (
     OPERATORS,
     arrive,
-    clear,
     done,
     load_words,
     poll_words,
@@ -83,7 +82,7 @@ def two_shot_kernel(
         buffers = buffers + (tl.load(table + peer).to(tl.pointer_type(tl.int32)) + base,)
 
     wait_for_inputs(ASM)
-    slot, inbox_extent, outbox_extent, sequence = read_state(state, PROTOCOL, ASM)
+    slot, sequence = read_state(state, PROTOCOL, ASM)
     current = slot.to(tl.int64) * slot_words
     x_words = x.to(tl.pointer_type(tl.int32))
 
@@ -98,11 +97,8 @@ def two_shot_kernel(
             push_words(inboxes + (row - begin).to(tl.int64) * row_words + vector * 4, words, active, 4, ASM)
             row += tl.num_programs(0)
 
-    previous = buffers[RANK] + ((slot + 2) % 3).to(tl.int64) * slot_words
-    for s in tl.static_range(WORLD - 1):
-        clear(previous + s * inbox.to(tl.int64), inbox_extent, VECTORS, ASM)
-    clear(previous + outbox, outbox_extent, VECTORS, ASM)
-    arrive(state, slot, share * row_vectors, (end - first) * row_vectors, sequence, PROTOCOL, ASM)
+    if end > first:  # an empty call brings no ranks together: it must not take a turn
+        arrive(state, slot, sequence, PROTOCOL, ASM)
 
     w = load_weight(weight, cols, mask, weight_bias, WEIGHT)
     b = load_row(bias, cols, mask, BIAS)
@@ -174,7 +170,7 @@ def two_shot(channel: Channel, call: NormCall) -> Outputs:
         )
     channel.check()
     outputs = call.outputs()
-    for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel, and takes its turn
+    for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel
         end = min(tokens, first + chunk)
         arguments: list[Any] = [
             x, *call.operands(x, outputs), channel.table, channel.state, first, end, tokens,
@@ -184,7 +180,7 @@ def two_shot(channel: Channel, call: NormCall) -> Outputs:
         two_shot_kernel[(channel.blocks(end - first, plan.warps, waiting=True),)](
             *arguments, RANK=channel.rank, WORLD=channel.world, OPERATOR=OPERATORS.index(call.operator),
             VECTORS=plan.vectors, BLOCK=plan.block, ASM=channel.asm, **call.flags(plan.block),
-            **channel.options(plan.warps, first == 0),
+            **channel.options(plan.warps),
         )  # fmt: skip
     if not channel.asm:
         channel.check()

@@ -1,0 +1,84 @@
+"""CUDA C++ compiled at run time (NVRTC) and launched with attributes that torch's own launcher has no argument for."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from tpfuse import shim
+
+FOLDER = Path(__file__).parent / "cuda"
+_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
+
+
+class Function:
+    """A kernel whose one parameter is a struct."""
+
+    def __init__(self, handle: ctypes.c_void_p) -> None:
+        self._handle = handle
+
+    def __call__(self, grid: int, block: int, cluster: int, early: bool, arguments: ctypes.Structure) -> None:
+        """Launch `grid` blocks (a multiple of `cluster`) of `block` threads on the current stream.
+
+        early: the launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
+        """
+        attributes = (_Attribute * 2)()
+        count = 0
+        if cluster > 1:
+            attributes[count].id = _CLUSTER
+            attributes[count].value[:3] = [cluster, 1, 1]
+            count += 1
+        if early:
+            attributes[count].id = _STREAM_SERIALIZATION
+            attributes[count].value[0] = 1
+            count += 1
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), 0, stream, attributes, count)
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        _check(shim.cuda_library().cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None))
+
+
+@functools.cache
+def compiled(sources: tuple[str, ...], name: str, flags: frozenset[tuple[str, str]]) -> Function:
+    """The kernel `name` of these files of `kernels/cuda`, one after another, compiled for the current device.
+
+    flags: macros and their values.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    image = shim.nvrtc(source_text(sources), name, f"{major}{minor}{'a' if major == 9 else ''}", defines(dict(flags)))
+    module, handle = ctypes.c_void_p(), ctypes.c_void_p()
+    library = shim.cuda_library()
+    _check(library.cuModuleLoadData(ctypes.byref(module), image))
+    _check(library.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()))
+    return Function(handle)
+
+
+def source_text(sources: tuple[str, ...]) -> str:
+    return "\n".join((FOLDER / source).read_text() for source in sources)
+
+
+def defines(flags: Mapping[str, str]) -> list[str]:
+    return [f"-D{name}={value}" for name, value in sorted(flags.items())]
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        text = ctypes.c_char_p()
+        shim.cuda_library().cuGetErrorString(result, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()} ({result})")
