@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpfuse import ir
-from tpfuse.ir.op import Kernel, Op
-from tpfuse.lowering.select import pick
+from tpfuse.ir.op import Op
+from tpfuse.lowering.select import Pick, pick
 from tpfuse.report import FusionError
 from tpfuse.runtime.detect import detect
 
@@ -49,10 +49,10 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
         return op.default(*bound.values())
     device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
     target = detect(device, bound.get("group"))
-    kernel = pick(op, bound, target, "reference" if op.fuse in (None, "always") and kernels == "auto" else kernels)
-    if not isinstance(kernel, Kernel):
-        raise FusionError(f"{op.name}: {kernel}")
-    return op.launcher(kernel.name)(*bound.values(), alive=(True,) * op.results)
+    found = pick(op, bound, target, "reference" if op.fuse in (None, "always") and kernels == "auto" else kernels)
+    if not isinstance(found, Pick):
+        raise FusionError(f"{op.name}: {found}")
+    return op.launcher(found.name)(*bound.values(), alive=(True,) * op.results)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

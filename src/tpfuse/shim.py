@@ -98,6 +98,18 @@ def nvrtc(source: str, name: str, architecture: str, options: list[str]) -> byte
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def disable_multicast() -> None:
+    """From now on torch's symmetric memory creates no multicast objects, whoever allocates it."""
+    import os
+
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+
+
+def device_pause(cycles: int) -> None:
+    """Keep the current stream busy for about `cycles` clock cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def compile_fx(gm: torch.fx.GraphModule, inputs: Sequence[Any], inner: Callable[..., Any], patches: dict[str, Any]) -> Any:
     """Inductor from the Dynamo level down, `inner` in place of its graph compiler, AOTAutograd's own cache off: with it on,
     another run's artifact of the same Dynamo graph would be executed and `inner` never called."""

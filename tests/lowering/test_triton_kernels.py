@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tpfuse.ir import fused
-from tpfuse.ir.op import Kernel, load
+from tpfuse.ir.op import load
 from tpfuse.ir.rope import qk_norm_rope
-from tpfuse.lowering.select import pick
+from tpfuse.lowering.select import Pick, pick
 from tpfuse.report import Decline
 from tpfuse.target import Target
 
@@ -25,7 +25,7 @@ def arguments(tokens: int = 4, hidden: int = 4096, dtype: torch.dtype = torch.bf
 
 def test_algorithm_is_left_to_the_launch() -> None:
     found = pick(fused.all_reduce_add_rms_norm_quantize, arguments(), H100, "auto")
-    assert isinstance(found, Kernel) and found.name == "triton" and found.prepare
+    assert isinstance(found, Pick) and found.name == "triton" and found.kernel.prepare
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_one_gpu_kernels() -> None:
     gate = torch.empty(4, 28672, dtype=torch.bfloat16, device="meta")
     args = {"gate": gate, "up": gate, "scale": None, "act": "silu", "scheme": "fp8_token", "layout": "row"}
     found = pick(fused.act_and_mul_quantize, args, H100, "auto")
-    assert isinstance(found, Kernel) and found.name == "triton"
+    assert isinstance(found, Pick) and found.name == "triton"
     wide = torch.empty(4, 40960, dtype=torch.bfloat16, device="meta")
     found = pick(fused.act_and_mul_quantize, {**args, "gate": wide, "up": wide}, H100, "auto")
     assert isinstance(found, Decline) and "hidden_too_large" in found.detail
@@ -79,7 +79,7 @@ def heads(width: int = 128, dtype: torch.dtype = torch.bfloat16, **others: Any) 
 
 def test_heads() -> None:
     found = pick(qk_norm_rope, heads(), H100, "auto")
-    assert isinstance(found, Kernel) and found.name == "triton"
+    assert isinstance(found, Pick) and found.name == "triton"
 
 
 @pytest.mark.parametrize(

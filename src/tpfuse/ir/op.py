@@ -34,6 +34,7 @@ class Kernel:
     supports(args, target): None, or why this kernel cannot serve these arguments.
     algorithm: tells two kernels of one back end apart ("one_shot").
     prepare: "module:function", called as f(group, max_tokens, hidden, dtypes) by all ranks before the kernel's first call, or "".
+    on_request: `auto` picks it only where a measured table names it.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Kernel:
     supports: Callable[[Args, Target], Decline | None]
     algorithm: str = ""
     prepare: str = ""
+    on_request: bool = False
 
     @property
     def name(self) -> str:
@@ -138,16 +140,21 @@ class Op:
         supports: Callable[[Args, Target], Decline | None],
         algorithm: str = "",
         prepare: str = "",
+        on_request: bool = False,
     ) -> None:
         """Register a kernel; its modules are imported only when it is first picked.  See `Kernel`."""
-        self.kernels.append(Kernel(backend, launch, supports, algorithm, prepare))
+        self.kernels.append(Kernel(backend, launch, supports, algorithm, prepare, on_request))
 
     def find_kernel(self, name: str) -> Kernel:
-        return next(k for k in self.kernels if k.name == name)
+        """By its name, with or without the limit that a final graph adds ("triton<=1048576")."""
+        return next(k for k in self.kernels if k.name == name.partition("<=")[0])
 
     def launcher(self, name: str) -> Callable[..., Any]:
-        kernel = self.find_kernel(name)
-        return self._reference_alive if kernel.backend == "reference" else load(kernel.launch)
+        """What runs the kernel of that name: called with the operator's arguments by position, and `alive`."""
+        kernel, limit = self.find_kernel(name), name.partition("<=")[2]
+        if kernel.backend == "reference":
+            return self._reference_alive
+        return functools.partial(load(kernel.launch), limit=int(limit)) if limit else load(kernel.launch)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
         own, name, living = self._own(args, kernel, alive)

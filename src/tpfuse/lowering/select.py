@@ -10,34 +10,42 @@ from typing import Any
 import torch
 from torch import fx
 
+from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
-from tpfuse.lowering import triton_kernels as _registered  # noqa: F401
+from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
+from tpfuse.lowering import triton_kernels as _own  # noqa: F401
+from tpfuse.lowering.choice import UNFUSED, Choice, choose
+from tpfuse.lowering.table import BUILT_IN, Table
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse
 from tpfuse.rewrite.order import is_collective
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import detect_fake_mode
-from tpfuse.target import Target
+from tpfuse.target import UNBOUNDED, Range, Target
 
+EVERY = Range(1, UNBOUNDED)
 Targets = Callable[[str | None], Target]  # by the name of a group
 
 
-def lower(graph: fx.Graph, targets: Targets, preference: str, verify: bool = False) -> list[Event]:
-    """Replace every IR operator, in place.  preference: a value of `Config.kernels`."""
+def lower(
+    graph: fx.Graph, targets: Targets, preference: str, verify: bool = False, table: Table = BUILT_IN, limits: Range = EVERY
+) -> list[Event]:
+    """Replace every IR operator, in place.  preference: a value of `Config.kernels`.  table: what was measured.  limits: the
+    tokens that the graph is for."""
     events: list[Event] = []
     pending = [n for n in graph.nodes if find(n.target)]
-    chosen: list[tuple[fx.Node, Op, Kernel]] = []
+    chosen: list[tuple[fx.Node, Op, Pick]] = []
     while pending:
         node = pending.pop(0)
         op = find(node.target)
         if op is None or op.fuse in (None, "always"):
             continue
         args = fx.node.map_arg(op.bind(node.args, node.kwargs), lambda n: n.meta["val"])
-        found = pick(op, args, targets(args.get("group")), preference)
-        if isinstance(found, Kernel):
+        found = pick(op, args, targets(args.get("group")), preference, table, limits)
+        if isinstance(found, Pick):
             chosen.append((node, op, found))
-            events.append(Event("lowered", op.name, site_of(node), attributes={"kernel": found.name}))
+            events.append(Event("lowered", op.name, site_of(node), attributes={"kernel": found.name, "why": found.why}))
         else:
             events.append(Event("unfused", op.name, site_of(node), reason=found))
             pending = [*unfuse(graph, node, op), *pending]
@@ -63,19 +71,66 @@ def _opaque(node: fx.Node) -> bool:
     return op is not None and node.target is op.default and op.opaque(op.bind(node.args, node.kwargs))
 
 
-def pick(op: Op, args: Mapping[str, Any], target: Target, preference: str) -> Kernel | Decline:
-    """The first registered kernel that supports the arguments, newest registration first; or why there is none."""
+@dataclass(frozen=True)
+class Pick:
+    """A kernel, and for people why it.  limit: see `Choice`."""
+
+    kernel: Kernel
+    why: str
+    limit: int | None = None
+
+    @property
+    def backend(self) -> str:
+        return self.kernel.backend
+
+    @property
+    def name(self) -> str:
+        """As final graphs spell it: "triton:two_shot", "triton<=1048576"."""
+        return self.kernel.name if self.limit is None else f"{self.kernel.name}<={self.limit}"
+
+
+def pick(
+    op: Op, args: Mapping[str, Any], target: Target, preference: str, table: Table = BUILT_IN, limits: Range = EVERY
+) -> Pick | Decline:
+    """The kernel that was measured to be fastest, if it supports the arguments; else the first registered one that does and
+    needs no measurement, newest registration first; or why there is none.
+
+    A `preference` other than auto leaves only kernels of that back end, and never unfuses by measurement.
+    """
+    choice = measured(op, args, target, table, limits)
+    if choice is not None and choice.kernel == UNFUSED and preference == "auto":
+        return Decline("threshold", choice.why)
     reasons = []
-    for kernel in reversed(op.kernels):
+    for kernel in sorted(reversed(op.kernels), key=lambda k: choice is None or k.name != choice.kernel):
+        chosen = choice is not None and kernel.name == choice.kernel
         if kernel.backend not in target.backends or preference not in ("auto", kernel.backend):
             continue
-        if kernel.backend == "reference" and preference == "auto" and target.device == "cuda":
+        last = kernel.on_request or (kernel.backend == "reference" and target.device == "cuda")
+        if last and preference == "auto" and not chosen:
             continue
         reason = kernel.supports(args, target)
         if reason is None:
-            return kernel
+            return Pick(kernel, choice.why, choice.limit) if choice and chosen else Pick(kernel, _unmeasured(preference, choice))
         reasons.append(f"{kernel.name}: {reason}")
     return Decline("no_kernel", "; ".join(reasons) or f"no kernel of {preference!r} for {target.device}")
+
+
+def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table, limits: Range) -> Choice | None:
+    """What the table says of an operator's call in a graph for `limits` tokens; None where nothing was measured."""
+    x = args[op.row_args[0]]
+    scheme = Scheme.parse(args["scheme"]).name if "scheme" in args else ""
+    hidden = x.shape[-1]
+    entry = table.find(op.name, x.dtype, target.world, scheme, hidden) if isinstance(hidden, int) else None
+    if entry is None:
+        return None
+    row = hidden * x.dtype.itemsize
+    return choose(entry, limits.start * row, None if limits.end == UNBOUNDED else limits.end * row)
+
+
+def _unmeasured(preference: str, choice: Choice | None) -> str:
+    if preference != "auto":
+        return f"kernels={preference}"
+    return "no measurement" if choice is None else f"{choice.kernel} cannot serve this"
 
 
 def _final(
@@ -164,4 +219,4 @@ def final_operators(graph: fx.Graph) -> list[str]:
     return [op.name for n in graph.nodes if (op := find(n.target)) is not None]
 
 
-__all__ = ["Need", "Targets", "final_operators", "lower", "needs", "pick", "schedule"]
+__all__ = ["Need", "Pick", "Targets", "final_operators", "lower", "needs", "pick", "schedule"]

@@ -8,18 +8,23 @@ A table is a JSON file that `tpfuse tune` writes:
 
 A step's choice holds up to and with its bytes (of the rows that meet in the collective: tokens · width · item size), null
 without end.  Choices of an operator are kernels by name ("triton:one_shot") or "unfused", those of a pass "on" and "off".
+A width that was not measured is served by the nearest one that was, by their ratio.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tpfuse.report import Decline
+
+AT_LAUNCH = ("triton:one_shot", "triton:two_shot")  # one kernel chooses between them when it is launched: no range needs to
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,17 @@ class Entry:
 
     def choice(self, size: int) -> str:
         return next(choice for end, choice in self.steps if end is None or size <= end)
+
+    def within(self, low: int, high: int | None) -> list[tuple[int | None, str]]:
+        """The steps that sizes of `low` … `high` bytes (None: without end) fall into, the last one ending at `high`."""
+        found: list[tuple[int | None, str]] = []
+        for end, choice in self.steps:
+            if end is not None and end < low:
+                continue
+            if end is None or (high is not None and end >= high):
+                return [*found, (high, choice)]
+            found.append((end, choice))
+        raise AssertionError("the last step has no end")
 
 
 @dataclass(frozen=True)
@@ -86,11 +102,16 @@ class Table:
         return Decline("stale_table", "; ".join(changed) + "; run tpfuse tune") if changed else None
 
     def find(self, op: str, dtype: Any, world: int, scheme: str = "", hidden: int | None = None) -> Entry | None:
-        """The entry for this width, else one for every width, else None: nothing was measured."""
+        """The entry for this width, else one for every width, else the nearest width's; None: nothing was measured."""
         name = str(dtype).removeprefix("torch.")
         same = [e for e in self.entries if (e.op, e.dtype, e.world, e.scheme) == (op, name, world, scheme)]
-        exact = [e for e in same if e.hidden == hidden]
-        return next(iter([*exact, *(e for e in same if e.hidden is None)]), None)
+
+        def distance(entry: Entry) -> float:
+            if entry.hidden == hidden:
+                return -2.0
+            return -1.0 if entry.hidden is None or hidden is None else abs(math.log(entry.hidden / hidden))
+
+        return min(same, key=distance, default=None)
 
     def refuses(self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None) -> Decline | None:
         """Why a pass should leave a site of `size` bytes alone: measured to be slower there, or never measured."""
@@ -108,7 +129,9 @@ class Table:
             row = hidden * dtype.itemsize
             fitting = {(e.op, e.scheme) for e in self.entries}
             for entry in (self.find(op, dtype, world, scheme, hidden) for op, scheme in fitting):
-                counts |= {end // row for end, _ in entry.steps if end is not None and end >= row} if entry else set()
+                for (end, choice), (_, following) in pairwise(entry.steps if entry else ()):
+                    if end is not None and end >= row and not {choice, following} <= set(AT_LAUNCH):
+                        counts.add(end // row)
         return sorted(counts)
 
 
