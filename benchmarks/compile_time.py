@@ -100,7 +100,7 @@ def main() -> None:
         return
     import torch
 
-    from benchmarks.harness import write
+    from tpfuse.measure.results import document, write
 
     samples: dict[str, list[dict[str, Any]]] = {impl: [] for impl in IMPLS}
     for _ in range(options.repeats):
@@ -116,7 +116,7 @@ def main() -> None:
         "machine": {"cpu": platform.machine(), "count": os.cpu_count(), "load": round(os.getloadavg()[0], 1)},
         "versions": {"torch": torch.__version__, "python": platform.python_version()}, "commit": commit,
     }  # fmt: skip
-    write(options.output, "compile_time", 1, rows, extra)
+    write(options.output, document("compile_time", rows, world=1, **extra))
 
 
 def row_of(impl: str, runs: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:

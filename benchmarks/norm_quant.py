@@ -14,48 +14,25 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from harness import Timer, environment, write
 
-from tpfuse.formats.nvfp4 import encode_e2m1, pack
 from tpfuse.ir.samples import rows, vector
 from tpfuse.kernels import norm_quant
+from tpfuse.measure import plain
+from tpfuse.measure.results import document, environment, write
+from tpfuse.measure.timing import Timer, copy_bandwidth, launches, summary
 
 CALLS = 12
 SCHEMES = (("fp8_tensor", "row"), ("fp8_token", "row"), ("fp8_group128", "row"), ("nvfp4", "linear"))
 TOKENS = (1, 8, 64, 512, 2048, 8192)
 
 
-def plain_quantise(y: torch.Tensor, scale: torch.Tensor | None, scheme: str) -> tuple[torch.Tensor, ...]:
-    """The scheme as a model spells it."""
-    wide = y.float()
-    if scheme == "fp8_tensor":
-        return ((wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn),)
-    if scheme == "nvfp4":
-        assert scale is not None
-        blocks = wide.unflatten(-1, (-1, 16))
-        block_scales = (blocks.abs().amax(-1, keepdim=True) / 6 * scale).clamp(max=448).to(torch.float8_e4m3fn)
-        widened = block_scales.float()
-        codes = encode_e2m1(blocks * torch.where(widened == 0, 0.0, scale / widened))
-        return pack(codes.flatten(-2)), block_scales
-    blocks = wide.unflatten(-1, (-1, 128)) if scheme == "fp8_group128" else wide.unsqueeze(-2)
-    scales = (blocks.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-10)
-    return (blocks / scales).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(-2), scales.squeeze(-1)
-
-
-def plain_norm(x, residual, weight, scale, scheme):
-    h = x + residual
-    wide = h.float()
-    y = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(h.dtype)
-    return *plain_quantise(y, scale, scheme), h
-
-
 def plain_act(both, scale, scheme):
     gate, up = both.chunk(2, -1)
-    return plain_quantise(torch.nn.functional.silu(gate) * up, scale, scheme)
+    return plain.quantise(torch.nn.functional.silu(gate) * up, scale, scheme)
 
 
 def norm_point(tokens: int, hidden: int, scheme: str, layout: str, compiled: Callable[..., Any]) -> dict[str, list[Any]]:
-    scale = scale_of(scheme)
+    scale = plain.scale_of(scheme)
     shape: dict[str, Any] = {"tokens": tokens, "hidden": hidden, "dtype": torch.bfloat16, "device": "cuda"}
     weight = vector(**shape)
     sets = [(rows(**shape, seed=i), rows(**shape, seed=50 + i)) for i in range(min(CALLS, 2 if tokens > 2048 else CALLS))]
@@ -69,7 +46,7 @@ def norm_point(tokens: int, hidden: int, scheme: str, layout: str, compiled: Cal
 
 
 def act_point(tokens: int, width: int, scheme: str, layout: str, compiled: Callable[..., Any]) -> dict[str, list[Any]]:
-    scale = scale_of(scheme)
+    scale = plain.scale_of(scheme)
     shape: dict[str, Any] = {"tokens": tokens, "hidden": 2 * width, "dtype": torch.bfloat16, "device": "cuda"}
     sets = [rows(**shape, seed=i) * 700 for i in range(min(CALLS, 2 if tokens > 512 else CALLS))]
     mark_tokens(sets)
@@ -86,11 +63,6 @@ def mark_tokens(tensors: Iterable[torch.Tensor]) -> None:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def scale_of(scheme: str) -> torch.Tensor | None:
-    value = {"fp8_tensor": 0.03, "nvfp4": 200.0}.get(scheme)
-    return None if value is None else torch.tensor([value], device="cuda")
-
-
 def moved(op: str, tokens: int, width: int, scheme: str) -> float:
     """Bytes in and out."""
     out = {"fp8_tensor": 1.0, "fp8_token": 1.0, "fp8_group128": 1 + 4 / 128, "nvfp4": 0.5 + 1 / 16}[scheme]
@@ -103,31 +75,32 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown", help="the git commit measured")
     parser.add_argument("--trials", type=int, default=20)
     args = parser.parse_args()
-    timer = Timer(CALLS, args.trials)
-    bandwidth = timer.copy_bandwidth()
+    timer = Timer(args.trials)
+    bandwidth = copy_bandwidth(timer)
     found: list[dict[str, Any]] = []
-    points = (("add_rms_norm_quantize", 8192, norm_point, plain_norm), ("act_and_mul_quantize", 14336, act_point, plain_act))
-    for op, width, point, plain in points:
+    points = (("add_rms_norm_quantize", 8192, norm_point, plain.chain), ("act_and_mul_quantize", 14336, act_point, plain_act))
+    for op, width, point, chain in points:
         for scheme, layout in SCHEMES:
             torch.compiler.reset()
-            compiled = torch.compile(plain)  # as in a model: the tokens dynamic, the width not
+            compiled = torch.compile(chain)  # as in a model: the tokens dynamic, the width not
             for tokens in TOKENS:
                 made = point(tokens, width, scheme, layout, compiled)
                 ours, peer = made["ours"][0], made["peer"][0]
                 impls = {"tpfuse:norm_quant": ours, "tpfuse:norm_quant (A/A)": ours, "inductor": peer}
-                times = timer.alternate(impls)
+                times = timer.alternate(impls, CALLS)
                 for impl, samples in times.items():
                     found.append(
                         {
                             "op": op, "scheme": scheme, "dtype": "bfloat16", "tokens": tokens, "hidden": width, "world": 1,
-                            "impl": impl, **timer.summary(samples),
+                            "impl": impl, **summary(samples),
                             "limit_us": moved(op, tokens, width, scheme) / bandwidth * 1e6,
-                            "launches": timer.launches(impls[impl]), "samples": samples,
+                            "launches": launches(impls[impl]), "samples": samples,
                         }
                     )  # fmt: skip
                 last = {row["impl"]: row["us"] for row in found[-3:]}
                 print(f"{op} {scheme:13} {tokens:5} x {width}: " + "  ".join(f"{k} {v:.1f}" for k, v in last.items()), flush=True)
-    write(args.out, "norm_quant", 1, found, {"commit": args.commit, **environment(), "copy_bandwidth": bandwidth})
+    extra = {"world": 1, "commit": args.commit, **environment(), "copy_bandwidth": bandwidth}
+    write(args.out, document("norm_quant", found, **extra))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime",),
     ("compiler",),
     ("ops",),
-    ("testing",),
+    ("testing", "measure"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 KERNELS_MAY_IMPORT = frozenset({*BASE, "ir", "kernels"})
-MAY_LOAD_KERNELS = frozenset({"runtime", "compiler", "ops", "testing", "cli"})  # inside functions only
+MAY_LOAD_KERNELS = frozenset({"runtime", "compiler", "ops", "testing", "measure", "cli"})  # inside functions only
 DEVICE_FREE = frozenset({"rewrite", "raising", "fusion"})
 DEVICE_MODULES = frozenset({"torch.cuda", "torch.accelerator", "torch.xpu"})
 

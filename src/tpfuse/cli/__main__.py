@@ -88,6 +88,38 @@ def explain(
     command.run(_console(), model, tp, dtype.value, target, config, html, json)
 
 
+bench = typer.Typer(help="Measure fused against unfused.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def collectives(
+    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
+    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
+    hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.bfloat16,
+    residual: Annotated[bool, typer.Option(help="Whether a residual is added.")] = True,
+    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    baseline: Annotated[str, typer.Option(help="The implementation that speed-ups are relative to.")] = "nccl+inductor",
+    eager: Annotated[bool, typer.Option("--eager", help="Also the norm without a compiler.")] = False,
+    table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table: what lowering would pick is marked.")] = None,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot, as PNG and as SVG.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+) -> None:
+    """All-reduce + norm (+ quantise): tpfuse's kernels beside NCCL, torch's symmetric memory and FlashInfer."""
+    from tpfuse.cli import bench as command
+    from tpfuse.lowering.table import BUILT_IN, Table
+
+    command.collectives(
+        _console(), world, command.numbers(tokens, command.TOKENS), command.numbers(hidden, command.HIDDEN),
+        command.schemes(scheme), dtype.value, residual, trials, baseline, eager,
+        Table.load(table) if table else BUILT_IN, limit_s, json, plot, commit,
+    )  # fmt: skip
+
+
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, links and back ends: what is usable and why not."""

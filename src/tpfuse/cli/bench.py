@@ -1,0 +1,164 @@
+"""`tpfuse bench collectives`: fused against unfused all-reduces, as a table, a result file and a plot."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as Grid
+
+from tpfuse.cli.launch import Place, Progress, launch
+from tpfuse.cli.models import BadInput
+from tpfuse.formats import Scheme
+from tpfuse.lowering.table import Table
+from tpfuse.measure import results
+from tpfuse.measure.points import Point, Sweep, grid
+
+TOKENS = (1, 8, 32, 64, 96, 128, 200, 256, 512, 700, 1024, 1500, 2048)  # four of them off the grid that tune measures
+HIDDEN = (4096, 5120, 8192)
+SCHEMES = ("none", "fp8_tensor", "fp8_group128")
+
+
+@dataclass(frozen=True)
+class Job:
+    """points: in order.  also: back ends measured beside our kernels, by name.  limit_s: when to begin no further point."""
+
+    points: tuple[Point, ...]
+    world: int
+    trials: int
+    eager: bool
+    table: Table
+    limit_s: float | None
+
+
+def collectives(
+    console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
+    residual: bool, trials: int, baseline: str, eager: bool, table: Table, limit_s: float | None, json: Path | None,
+    plot: Path | None, commit: str | None,
+) -> None:  # fmt: skip
+    """The command: see `tpfuse bench collectives --help`.  Raises BadInput, RankError or TimeoutError."""
+    place = need_gpus(world)
+    points = grid(schemes, hidden, tokens, dtype, residual)
+    job = Job(tuple(points), world, trials, eager, table, limit_s)
+    found = run_ranks(work, place, world, job)
+    if place is not None and place.rank:
+        return
+    extra = {
+        "world": world, "commit": commit or results.commit(), "table": table.digest if table.entries else None,
+        "baseline": baseline, **found["extra"],
+    }  # fmt: skip
+    document = results.document("collectives", found["rows"], **extra)
+    if json:
+        results.write(json, document)
+    show(console, document)
+    if plot:
+        from tpfuse.cli.plots import save
+
+        for path in save(document, plot):
+            console.print(f"wrote {path}", highlight=False)
+
+
+def numbers(text: str | None, default: Sequence[int]) -> list[int]:
+    """"1,8,64" → [1, 8, 64].  BadInput where that is no list of positive numbers."""
+    if text is None:
+        return list(default)
+    words = text.split(",")
+    if not all(word.strip().isdigit() and int(word) for word in words):
+        raise BadInput(f"{text!r}: expected numbers from 1 on, separated by commas")
+    return [int(word) for word in words]
+
+
+def schemes(text: str | None) -> list[str]:
+    """"none,nvfp4" → ["", "nvfp4"].  BadInput naming the closest known scheme."""
+    names = text.split(",") if text else SCHEMES
+    try:
+        return ["" if name == "none" else Scheme.parse(name).name for name in names]
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def need_gpus(world: int) -> Place | None:
+    """torchrun's place if there is one.  BadInput where the ranks and the GPUs are not as many."""
+    place = Place.of_torchrun()
+    if place is not None and place.world != world:
+        raise BadInput(f"--world {world}, but {place.world} ranks were started")
+    if world < 2 or (place.local_world if place else world) > torch.cuda.device_count():
+        raise BadInput(f"--world {world}, but {torch.cuda.device_count()} GPUs are visible: a rank needs a GPU of its own")
+    return place
+
+
+def run_ranks(job_of_a_rank: Any, place: Place | None, world: int, *args: Any) -> Any:
+    """What rank 0 returns."""
+    if place is not None:
+        os.environ.update(place.environment())
+        return job_of_a_rank(place, lambda *_: None, *args)
+    return launch(job_of_a_rank, world, *args, progress=lambda *_: None)[0]
+
+
+def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
+    """One rank: → {"rows", "extra"}, the same on all."""
+    from tpfuse.measure.collectives import picked_impl
+    from tpfuse.measure.ranks import Ranks
+
+    ranks = Ranks.join(place, job.points, job.eager)
+
+    def tell(point: Point, rows: list[dict[str, Any]]) -> None:
+        progress(line(rows), 0, 0)
+        if place.rank == 0:
+            print(line(rows), flush=True)
+
+    def picked(point: Point) -> str | None:
+        return picked_impl(point, ranks.target, job.table)
+
+    def build(point: Point) -> Any:
+        return {**ranks.built.ours(point, picked(point)), **ranks.built.peers(point)}
+
+    timer = ranks.timer(job.trials)
+    sweep = Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell)
+    rows = [*ranks.empty_kernel(timer), *sweep.run(job.points, picked)]
+    ranks.leave()
+    return {"rows": rows, "extra": {**results.environment(), "notes": ranks.notes}}
+
+
+def line(rows: Sequence[dict[str, Any]]) -> str:
+    """A point in one line."""
+    first = rows[0]
+    times = "  ".join(f"{row['impl']}{'*' if row.get('picked') else ''} {row['us']:.1f}" for row in rows)
+    return f"{first['scheme'] or 'none':13} {first['tokens']:5} x {first['hidden']}: {times}"
+
+
+def show(console: Console, document: dict[str, Any]) -> None:
+    """Operation · Time (µs) · Speedup, a block a point."""
+    baseline = document["baseline"]
+    table = Grid(title=f"Speedup over {baseline}; * is what lowering picks", title_justify="left")
+    for name, justify in (("Operation", "left"), ("", "left"), ("Time (µs)", "right"), ("Speedup", "right"),
+                          ("Limit (µs)", "right"), ("Reached", "right")):  # fmt: skip
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for rows in points_of(document["rows"]):
+        base = next((row["us"] for row in rows if row["impl"] == baseline), None)
+        for i, row in enumerate(rows):
+            operation = f"{row['op']} {row['scheme']} {row['tokens']} × {row['hidden']}" if i == 0 else ""
+            limit = row.get("limit_us")
+            table.add_row(
+                operation, row["impl"] + ("*" if row.get("picked") else ""), f"{row['us']:.1f}",
+                f"{base / row['us']:.2f}×" if base else "", f"{limit:.1f}" if limit else "",
+                f"{limit / row['us']:.0%}" if limit else "", end_section=i == len(rows) - 1,
+            )  # fmt: skip
+    console.print(table, highlight=False)
+    for note in document["notes"]:
+        console.print(note, highlight=False)
+
+
+def points_of(rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of a result file by point, in the order of the file."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["op"], row["scheme"], row["dtype"], row["hidden"], row["tokens"]), []).append(row)
+    return list(found.values())
+
+

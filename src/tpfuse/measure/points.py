@@ -1,0 +1,110 @@
+"""What is measured: an operator at one scheme, width and token count, what bounds it, and the loop over such points."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tpfuse.ir import fused
+from tpfuse.ir.op import Op
+from tpfuse.measure.timing import slowest, summary
+
+NVLINK = 380e9  # bytes a second in one direction between two H100s, attainable
+HBM = 3.35e12  # of an H100 SXM, by its datasheet
+AGAIN = " (A/A)"  # a second graph of an implementation: the difference is the noise
+LAYOUTS = {"nvfp4": "linear"}  # "row" for the others
+
+Impls = Mapping[str, Callable[[int], Any]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """scheme: "" for none.  residual: whether one is added.  dtype: "bfloat16", "float16"."""
+
+    scheme: str
+    hidden: int
+    tokens: int
+    dtype: str = "bfloat16"
+    residual: bool = True
+
+    @property
+    def op(self) -> Op:
+        names = {
+            (False, False): fused.all_reduce_rms_norm, (True, False): fused.all_reduce_add_rms_norm,
+            (False, True): fused.all_reduce_rms_norm_quantize, (True, True): fused.all_reduce_add_rms_norm_quantize,
+        }  # fmt: skip
+        return names[self.residual, bool(self.scheme)]
+
+    @property
+    def layout(self) -> str:
+        return LAYOUTS.get(self.scheme, "row")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def message(self) -> int:
+        """Bytes of the rows that meet in the collective."""
+        return self.tokens * self.hidden * self.torch_dtype.itemsize
+
+    @property
+    def calls(self) -> int:
+        """Calls in a graph: many of short ones, whose start would show otherwise."""
+        return 24 if self.message <= 4 << 20 else 8
+
+    def limit_us(self, world: int) -> float:
+        """The larger of what each rank must send by the best algorithm over NVLink and read and write in its memory."""
+        written = 2.0 if not self.scheme else 1.0 + (0.53 if self.scheme == "nvfp4" else 1.0) / self.torch_dtype.itemsize
+        moved = (1 + self.residual + written) * self.message
+        return max(2 * (world - 1) / world * self.message / NVLINK, moved / HBM) * 1e6
+
+
+def grid(
+    schemes: Iterable[str], hidden: Iterable[int], tokens: Iterable[int], dtype: str = "bfloat16", residual: bool = True
+) -> list[Point]:
+    """Every combination, the tokens innermost: what is compiled for a scheme and a width serves all of them."""
+    return [Point(s, h, t, dtype, residual) for s, h, t in itertools.product(schemes, hidden, tokens)]
+
+
+@dataclass
+class Sweep:
+    """How points are measured; all ranks run the same one.
+
+    build: the implementations of a point.  measure: microseconds a call, by implementation (`Timer.alternate`).
+    share: what every rank gives, by rank.  limit_s: no point begins later than this (rank 0's clock); None for no limit.
+    tell: called with every point's rows.
+    """
+
+    world: int
+    build: Callable[[Point], Impls]
+    measure: Callable[[Impls, int], dict[str, list[float]]]
+    share: Callable[[Any], list[Any]]
+    limit_s: float | None = None
+    tell: Callable[[Point, list[dict[str, Any]]], None] = lambda point, rows: None
+    clock: Callable[[], float] = time.monotonic
+
+    def run(self, points: Sequence[Point], picked: Callable[[Point], str | None] = lambda point: None) -> list[dict[str, Any]]:
+        """Rows of a result file, a point's together.  picked: the implementation that lowering would pick."""
+        start, found = self.clock(), []
+        for point in points:
+            if self.limit_s is not None and self.share(self.clock() - start)[0] > self.limit_s:
+                break
+            samples = slowest(self.share(self.measure(self.build(point), point.calls)))
+            choice = picked(point)
+            rows = [self._row(point, impl, values, impl == choice) for impl, values in samples.items()]
+            self.tell(point, rows)
+            found += rows
+        return found
+
+    def _row(self, point: Point, impl: str, samples: list[float], picked: bool) -> dict[str, Any]:
+        return {
+            "op": point.op.name, "scheme": point.scheme, "dtype": point.dtype, "tokens": point.tokens, "hidden": point.hidden,
+            "world": self.world, "impl": impl, **({"picked": True} if picked else {}), **summary(samples),
+            "limit_us": point.limit_us(self.world), "samples": samples,
+        }  # fmt: skip

@@ -1,0 +1,95 @@
+"""CUDA-graph timing of implementations that take turns, on one GPU or on several in step."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tpfuse import shim
+
+WARM = 3  # replays that are not counted
+PAUSE = 150_000  # clock cycles: longer than it takes to enqueue what follows
+
+
+class Timer:
+    """Times functions of a call's index; `calls` of them to a graph, `trials` counted replays of each graph.
+
+    align: enqueued before each replay; with `in_step`, ranks start their replays at the same time, whatever their hosts do.
+    All captures are on one stream, so a collective's workspace needs one channel for them.
+    """
+
+    def __init__(self, trials: int, align: Callable[[], Any] = lambda: None) -> None:
+        self.trials = trials
+        self.align = align
+        self.stream = torch.cuda.Stream()
+
+    def graph(self, fn: Callable[[int], Any], calls: int, pool: Any) -> torch.cuda.CUDAGraph:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for i in range(3):
+                fn(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's own thread may look at its events meanwhile.
+        with torch.cuda.graph(graph, pool, self.stream, capture_error_mode="thread_local"):
+            for i in range(calls):
+                fn(i)
+        return graph
+
+    def alternate(self, impls: Mapping[str, Callable[[int], Any]], calls: int) -> dict[str, list[float]]:
+        """Microseconds a call of each implementation, one sample a replay, the implementations taking turns."""
+        pool = torch.cuda.graph_pool_handle()  # graphs may overwrite one another's results
+        graphs = {name: self.graph(fn, calls, pool) for name, fn in impls.items()}
+        samples: dict[str, list[float]] = {name: [] for name in impls}
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for trial in range(self.trials + WARM):
+            for name, graph in graphs.items():
+                self.align()
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                if trial >= WARM:
+                    samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+        return samples
+
+
+def in_step() -> Callable[[], None]:
+    """An `align` for the default process group over NCCL: the stream pauses until everything behind is enqueued, then the ranks
+    meet on the device."""
+    token = torch.zeros(1, device="cuda")
+
+    def align() -> None:
+        shim.device_pause(PAUSE)
+        dist.all_reduce(token)
+
+    return align
+
+
+def launches(fn: Callable[[int], Any]) -> int:
+    """Kernels that one call launches, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        fn(0)
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in trace.events())
+
+
+def copy_bandwidth(timer: Timer, calls: int = 12) -> float:
+    """Bytes a second that a large elementwise kernel reads and writes (the copy engine is slower)."""
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    best = min(timer.alternate({"copy": lambda i: torch.neg(source, out=target)}, calls)["copy"])
+    return 8 * source.numel() / best * 1e6
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    return {"us": statistics.median(samples), "us_min": min(samples), "us_max": max(samples)}
+
+
+def slowest(everyone: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Of all ranks' samples the largest of each replay, by implementation."""
+    return {impl: [max(replay) for replay in zip(*(s[impl] for s in everyone), strict=True)] for impl in everyone[0]}
