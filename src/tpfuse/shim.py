@@ -53,11 +53,9 @@ def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[
     """A buffer of `size` bytes (int8, on the current CUDA device) that all ranks of `group` can write, an allocation of
     its own; the addresses of all ranks' buffers as mapped here; what keeps the mappings alive.  Collective.  No
     multicast object is created."""
-    import os
-
     from torch._C._distributed_c10d import _SymmetricMemory
 
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    disable_multicast()
     buffer = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.int8, torch.device("cuda", torch.cuda.current_device()))
     handle = _SymmetricMemory.rendezvous(buffer, group.group_name)
     offset = buffer.data_ptr() - handle.buffer_ptrs[handle.rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -45,11 +46,10 @@ def test_steps_within_a_range():
     [
         (1, 64, ONE),
         (65, 512, TWO),
-        (1, 512, f"triton<={64 * ROW}"),  # both: chosen at launch, at the size that was measured
+        (1, 512, f"{ONE}<={64 * ROW},{TWO}"),  # a graph holds both and chooses when it runs
+        (100, 4096, f"{TWO}<={512 * ROW},torch:two_shot"),
         (513, 4096, "torch:two_shot"),
-        (1, 600, f"triton<={64 * ROW}"),  # 9 doublings of it against a quarter of one
-        (400, 4096, "torch:two_shot"),
-        (3000, 8192, "unfused"),
+        (3000, 8192, "unfused"),  # one doubling against less than half of one
         (3000, 4200, "torch:two_shot"),
     ],
 )
@@ -63,14 +63,16 @@ def test_the_choice_of_a_range(start: int, end: int, name: str):
 
 def test_a_range_without_end():
     assert chosen(Range(3000, UNBOUNDED)).code == "threshold"
-    assert chosen(EVERY).name == f"triton<={64 * ROW}"
+    assert chosen(EVERY).name == f"{ONE}<={64 * ROW},{TWO}<={512 * ROW},torch:two_shot"
     assert chosen(EVERY, (None, TWO)).name == TWO
 
 
-def test_the_one_shot_everywhere_or_nowhere_beside_another_choice():
-    assert choose(entry((9 * ROW, "nccl"), (None, ONE)), ROW, None).kernel == "triton"
-    assert choose(entry((9 * ROW, "nccl"), (None, ONE)), ROW, None).limit == 1 << 62
-    assert choose(entry((3 * ROW, "nccl"), (None, TWO)), ROW, None).limit == 0
+def test_what_is_left_out_is_filled_by_its_neighbour():
+    steps = entry((8 * ROW, "unfused"), (64 * ROW, "nccl"), (512 * ROW, "flashinfer:one_shot"), (None, ONE))
+    assert choose(steps, ROW, None).steps == ((64 * ROW, "nccl"), (512 * ROW, "flashinfer:one_shot"), (None, ONE))
+    assert choose(steps, ROW, None, lambda k: k != "flashinfer:one_shot").steps == ((512 * ROW, "nccl"), (None, ONE))
+    assert choose(steps, ROW, None, lambda k: k == ONE).steps == ((None, ONE),)
+    assert choose(steps, ROW, None, lambda k: False).steps == ()
 
 
 def test_without_a_measurement_the_size_decides_at_launch():
@@ -88,14 +90,14 @@ def test_the_nearest_width_serves_one_that_was_not_measured():
 
 
 def test_a_choice_that_cannot_serve_leaves_the_built_in_one():
-    assert chosen(EVERY, (None, "flashinfer:one_shot")).why == "flashinfer:one_shot cannot serve this"
+    assert chosen(EVERY, (None, "flashinfer:one_shot")).why.endswith("flashinfer:one_shot, which cannot serve this")
     assert chosen(EVERY, (None, "torch:two_shot"), alpha=0.5).name == "triton"
 
 
 def test_a_preference_leaves_its_own_kernels_and_never_unfuses_by_measurement():
-    assert chosen(Range(1, 64), preference="torch").name == "torch:two_shot"
+    assert chosen(Range(1, 64), preference="torch").name == "torch:two_shot"  # ours are left out, torch's newest is the default
     assert chosen(Range(5000, 8192), preference="triton").name == "triton"
-    assert chosen(Range(65, 512), preference="triton").name == TWO
+    assert chosen(EVERY, preference="triton").name == f"{ONE}<={64 * ROW},{TWO}"
     assert chosen(Range(1, 64), preference="nccl").name == "nccl"
 
 
@@ -160,19 +162,35 @@ def test_every_launcher_of_a_peer_exists():
             assert callable(load(kernel.launch)) and (not kernel.prepare or callable(load(kernel.prepare)))
 
 
-def test_a_limit_reaches_the_launcher(monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("triton")
-    from types import SimpleNamespace
-
-    from tpfuse.kernels import by_size
-
+def test_the_size_of_a_call_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch):
     launched = []
-    monkeypatch.setattr(by_size, "channel_of", lambda group: SimpleNamespace(world=2))
-    monkeypatch.setattr(by_size, "one_shot", lambda channel, call: launched.append("one") or call.outputs())
-    monkeypatch.setattr(by_size, "two_shot", lambda channel, call: launched.append("two") or call.outputs())
-    x = torch.zeros(4, 64)
-    args = (x, x, None, None, 1.0, 1e-6, 0.0, "cast_first", "group")
-    for name in ("triton<=1024", "triton<=1023", "triton"):
-        OP.launcher(name)(*args, alive=(True, True))
-    assert launched == ["one", "two", "one"]
-    assert OP.find_kernel("triton<=1024").name == "triton"
+    launch = {
+        f"tpfuse.kernels.{module}:{OP.name}": lambda *args, module=module, alive: launched.append((module, alive))
+        for module in ("allreduce_norm", "two_shot", "nccl")
+    }
+    monkeypatch.setattr(sys.modules["tpfuse.ir.op"], "load", lambda path: launch[path])
+    launcher = OP.launcher(f"{ONE}<=1024,{TWO}<=4096,nccl")
+    for rows in (4, 5, 16, 17):  # of 256 bytes
+        x = torch.zeros(rows, 64)
+        launcher(x, x, None, None, 1.0, 1e-6, 0.0, "cast_first", "group", alive=(True, False))
+    assert [module for module, _ in launched] == ["allreduce_norm", "two_shot", "two_shot", "nccl"]
+    assert all(alive == (True, False) for _, alive in launched)
+
+
+def test_all_kernels_of_a_pick_are_prepared():
+    from torch import fx
+
+    from tpfuse.lowering.select import needs
+
+    graph = fx.Graph()
+    inputs = [graph.placeholder(name) for name in ("channel", "x", "residual", "weight")]
+    value = torch.empty(4, 4096, dtype=torch.bfloat16, device="meta")
+    for node in inputs:
+        node.meta["val"] = value
+    channel, x, residual, weight = inputs
+    name = f"verify@layer.0|torch:one_shot<=4096,{TWO}"
+    graph.call_function(OP.lowered, (channel, x, residual, weight, None, 1.0, 1e-6, 0.0, "cast_first", "g", name, 3))
+    found = needs(graph)
+    assert {key: need.hidden for key, need in found.items()} == {
+        ("tpfuse.kernels.torch_symm:prepare", "g"): 4096, ("tpfuse.runtime.workspaces:prepare", "g"): 4096,
+    }  # fmt: skip

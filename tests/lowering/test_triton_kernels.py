@@ -25,7 +25,7 @@ def arguments(tokens: int = 4, hidden: int = 4096, dtype: torch.dtype = torch.bf
 
 def test_algorithm_is_left_to_the_launch() -> None:
     found = pick(fused.all_reduce_add_rms_norm_quantize, arguments(), H100, "auto")
-    assert isinstance(found, Pick) and found.name == "triton" and found.kernel.prepare
+    assert isinstance(found, Pick) and found.name == "triton" and found.kernels[0][1].prepare
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ NAMESPACE = "tpfuse"
 Args = Mapping[str, Any]  # an operator's arguments by name; tensors are fake tensors or real ones
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 registry: dict[str, Op] = {}
+ENDLESS = 1 << 62  # bytes that no message has
 _shapes_only: ContextVar[bool] = ContextVar("shapes_only", default=False)
 
 
@@ -145,16 +146,26 @@ class Op:
         """Register a kernel; its modules are imported only when it is first picked.  See `Kernel`."""
         self.kernels.append(Kernel(backend, launch, supports, algorithm, prepare, on_request))
 
-    def find_kernel(self, name: str) -> Kernel:
-        """By its name, with or without the limit that a final graph adds ("triton<=1048576")."""
-        return next(k for k in self.kernels if k.name == name.partition("<=")[0])
+    def find_kernels(self, name: str) -> list[tuple[int, Kernel]]:
+        """The kernels that a final graph names, each with the largest message that it is launched for, in bytes:
+        "triton:one_shot<=1048576,triton:two_shot"."""
+        parts = [part.partition("<=") for part in name.split(",")]
+        by_name = {k.name: k for k in self.kernels}
+        return [(int(limit) if limit else ENDLESS, by_name[kernel]) for kernel, _, limit in parts]
 
     def launcher(self, name: str) -> Callable[..., Any]:
-        """What runs the kernel of that name: called with the operator's arguments by position, and `alive`."""
-        kernel, limit = self.find_kernel(name), name.partition("<=")[2]
-        if kernel.backend == "reference":
-            return self._reference_alive
-        return functools.partial(load(kernel.launch), limit=int(limit)) if limit else load(kernel.launch)
+        """What runs those kernels: called with the operator's arguments by position, and `alive`."""
+        launches = [
+            (limit, self._reference_alive if kernel.backend == "reference" else load(kernel.launch))
+            for limit, kernel in self.find_kernels(name)
+        ]
+        return launches[0][1] if len(launches) == 1 else functools.partial(self._by_size, launches)
+
+    def _by_size(self, launches: list[tuple[int, Callable[..., Any]]], *args: Any, alive: tuple[bool, ...]) -> Any:
+        """Ranks have the same sizes, so they choose alike."""
+        x = args[self.params.index(self.row_args[0])]
+        message = x.numel() * x.element_size()
+        return next(launch for limit, launch in launches if message <= limit)(*args, alive=alive)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
         own, name, living = self._own(args, kernel, alive)

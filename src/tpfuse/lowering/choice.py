@@ -1,53 +1,50 @@
-"""What a measured entry says for a range of sizes: one kernel, or none."""
+"""What a measured entry says for a range of sizes: which kernels, up to which size each, or none."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tpfuse.lowering.table import AT_LAUNCH, Entry
+from tpfuse.lowering.table import UNFUSED, Entry
 
-UNFUSED = "unfused"
-ENDLESS = 1 << 62
-BY_SIZE = "triton"  # chooses among AT_LAUNCH when it is launched
+ENDLESS = 16  # a range without end counts as four doublings beyond its last threshold
+
+Steps = tuple[tuple[int | None, str], ...]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """kernel: a kernel's name, or UNFUSED.  limit: for BY_SIZE, the bytes up to which it takes the one-shot.  why: for people."""
+    """steps: (bytes, kernel), ascending, the last without end; empty where the unfused path was faster, or no kernel measured
+    serves.  why: for people."""
 
-    kernel: str
+    steps: Steps
     why: str
-    limit: int | None = None
+    unfused: bool = False
 
 
-def choose(entry: Entry, low: int, high: int | None) -> Choice:
-    """The choice for messages of `low` … `high` bytes (None: without end).
+def choose(entry: Entry, low: int, high: int | None, serves: Callable[[str], bool] = lambda kernel: True) -> Choice:
+    """The choice for messages of `low` … `high` bytes (None: without end), among the kernels for which `serves` is true.
 
-    One-shot and two-shot count as one kernel, which gets the size where they meet.  Where other choices change inside the range
-    (ranges are few, so near thresholds were merged), the one that holds over most of it, by the ratio of sizes, is taken.
+    A graph holds several kernels, chosen between when it runs, but it is fused or not: where a range holds both answers (ranges
+    are few, so near thresholds were merged), the one that covers more of it counts, by the ratio of sizes.  What is
+    left out is filled by the smaller neighbour, else by the larger one.
     """
-    spans: dict[str, float] = {}
+    steps = entry.within(low, high)
+    spans = {True: 0.0, False: 0.0}
     begin = low
-    for end, choice in entry.within(low, high):
-        last = 16 * begin if end is None else end  # a range without end counts four doublings beyond the last threshold
-        kernel = BY_SIZE if choice in AT_LAUNCH else choice
-        spans[kernel] = spans.get(kernel, 0.0) + math.log2(max(last, begin + 1) / begin)
+    for end, kernel in steps:
+        last = ENDLESS * begin if end is None else end
+        spans[kernel == UNFUSED] += math.log2(max(last, begin + 1) / begin)
         begin = last
-    kernel = max(spans, key=lambda k: spans[k])
-    measured = "" if entry.hidden is None else f" at hidden {entry.hidden}"
-    why = f"measured{measured}: " + ", ".join(
-        f"{choice}{'' if end is None else f' up to {end} bytes'}" for end, choice in entry.within(low, high)
-    )
-    if kernel != BY_SIZE:
-        return Choice(kernel, why)
-    own = {choice for _, choice in entry.within(low, high) if choice in AT_LAUNCH}
-    if len(own) == 1 and len(spans) == 1:
-        return Choice(own.pop(), why)
-    return Choice(BY_SIZE, why, _meeting(entry))
-
-
-def _meeting(entry: Entry) -> int:
-    """The largest size that the one-shot was measured to be best at."""
-    whole, _ = AT_LAUNCH
-    return max((ENDLESS if end is None else end for end, choice in entry.steps if choice == whole), default=0)
+    told = ", ".join(f"{kernel} up to {end}" if end is not None and end != high else kernel for end, kernel in steps)
+    why = f"measured{'' if entry.hidden is None else f' at hidden {entry.hidden}'}: {told}"
+    if spans[True] > spans[False]:
+        return Choice((), why, unfused=True)
+    kept: list[tuple[int | None, str]] = []
+    for end, kernel in steps:
+        if kernel != UNFUSED and serves(kernel) and not (kept and kept[-1][1] == kernel):
+            kept.append((end, kernel))
+        elif kept:
+            kept[-1] = (end, kept[-1][1])
+    return Choice((*kept[:-1], *((None, kernel) for _, kernel in kept[-1:])), why)

@@ -14,8 +14,8 @@ from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
 from tpfuse.lowering import triton_kernels as _own  # noqa: F401
-from tpfuse.lowering.choice import UNFUSED, Choice, choose
-from tpfuse.lowering.table import BUILT_IN, Table
+from tpfuse.lowering.choice import choose
+from tpfuse.lowering.table import BUILT_IN, Entry, Table
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
 from tpfuse.rewrite.inline import inline, unfuse
@@ -73,64 +73,54 @@ def _opaque(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class Pick:
-    """A kernel, and for people why it.  limit: see `Choice`."""
+    """kernels: each with the bytes up to which it is launched, ascending, the last without end.  why: for people."""
 
-    kernel: Kernel
+    kernels: tuple[tuple[int | None, Kernel], ...]
     why: str
-    limit: int | None = None
-
-    @property
-    def backend(self) -> str:
-        return self.kernel.backend
 
     @property
     def name(self) -> str:
-        """As final graphs spell it: "triton:two_shot", "triton<=1048576"."""
-        return self.kernel.name if self.limit is None else f"{self.kernel.name}<={self.limit}"
+        """As final graphs spell it: "triton:two_shot", "triton:one_shot<=1048576,triton:two_shot"."""
+        return ",".join(k.name if limit is None else f"{k.name}<={limit}" for limit, k in self.kernels)
 
 
 def pick(
     op: Op, args: Mapping[str, Any], target: Target, preference: str, table: Table = BUILT_IN, limits: Range = EVERY
 ) -> Pick | Decline:
-    """The kernel that was measured to be fastest, if it supports the arguments; else the first registered one that does and
-    needs no measurement, newest registration first; or why there is none.
+    """The kernels that were measured to be fastest, of those that support the arguments; where nothing was measured, or none of
+    them does, the first registered one that does and waits for no measurement, newest registration first; or why there is none.
 
     A `preference` other than auto leaves only kernels of that back end, and never unfuses by measurement.
     """
-    choice = measured(op, args, target, table, limits)
-    if choice is not None and choice.kernel == UNFUSED and preference == "auto":
-        return Decline("threshold", choice.why)
-    reasons = []
-    for kernel in sorted(reversed(op.kernels), key=lambda k: choice is None or k.name != choice.kernel):
-        chosen = choice is not None and kernel.name == choice.kernel
-        if kernel.backend not in target.backends or preference not in ("auto", kernel.backend):
-            continue
+    usable = {k.name: k for k in op.kernels if k.backend in target.backends and preference in ("auto", k.backend)}
+    reasons = {name: kernel.supports(args, target) for name, kernel in usable.items()}
+    entry = measured(op, args, target, table)
+    why = "no measurement" if preference == "auto" else f"kernels={preference}"
+    if entry is not None:
+        row = args[op.row_args[0]].shape[-1] * args[op.row_args[0]].dtype.itemsize
+        low, high = limits.start * row, None if limits.end == UNBOUNDED else limits.end * row
+        choice = choose(entry, low, high, lambda kernel: kernel in usable and reasons[kernel] is None)
+        if choice.steps:
+            return Pick(tuple((end, usable[kernel]) for end, kernel in choice.steps), choice.why)
+        if choice.unfused and preference == "auto":
+            return Decline("threshold", choice.why)
+        why = f"{choice.why}, which cannot serve this"
+    for name, kernel in reversed(usable.items()):
         last = kernel.on_request or (kernel.backend == "reference" and target.device == "cuda")
-        if last and preference == "auto" and not chosen:
-            continue
-        reason = kernel.supports(args, target)
-        if reason is None:
-            return Pick(kernel, choice.why, choice.limit) if choice and chosen else Pick(kernel, _unmeasured(preference, choice))
-        reasons.append(f"{kernel.name}: {reason}")
-    return Decline("no_kernel", "; ".join(reasons) or f"no kernel of {preference!r} for {target.device}")
+        if reasons[name] is None and not (last and preference == "auto"):
+            return Pick(((None, kernel),), why)
+    named = "; ".join(f"{name}: {reason}" for name, reason in reversed(reasons.items()) if reason)
+    return Decline("no_kernel", named or f"no kernel of {preference!r} for {target.device}")
 
 
-def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table, limits: Range) -> Choice | None:
-    """What the table says of an operator's call in a graph for `limits` tokens; None where nothing was measured."""
+def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> Entry | None:
+    """What the table says of an operator; None where nothing was measured."""
     x = args[op.row_args[0]]
+    if not isinstance(x, torch.Tensor):
+        return None
     scheme = Scheme.parse(args["scheme"]).name if "scheme" in args else ""
     hidden = x.shape[-1]
-    entry = table.find(op.name, x.dtype, target.world, scheme, hidden) if isinstance(hidden, int) else None
-    if entry is None:
-        return None
-    row = hidden * x.dtype.itemsize
-    return choose(entry, limits.start * row, None if limits.end == UNBOUNDED else limits.end * row)
-
-
-def _unmeasured(preference: str, choice: Choice | None) -> str:
-    if preference != "auto":
-        return f"kernels={preference}"
-    return "no measurement" if choice is None else f"{choice.kernel} cannot serve this"
+    return table.find(op.name, x.dtype, target.world, scheme, hidden) if isinstance(hidden, int) else None
 
 
 def _final(
@@ -205,8 +195,8 @@ def needs(graph: fx.Graph) -> dict[tuple[str, str], Need]:
         if op is None or not op.collective:
             continue
         bound = dict(zip(["channel", *op.params, "kernel", "alive"], node.args, strict=True))
-        prepare = op.find_kernel(bound["kernel"].rsplit("|", 1)[-1]).prepare
-        if prepare:
+        kernels = op.find_kernels(bound["kernel"].rsplit("|", 1)[-1])
+        for prepare in {kernel.prepare for _, kernel in kernels if kernel.prepare}:
             x = bound[op.row_args[0]].meta["val"]
             need = found.setdefault((prepare, bound["group"]), Need())
             need.hidden = max(need.hidden, int(x.shape[-1]))

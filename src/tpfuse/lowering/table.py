@@ -24,7 +24,8 @@ from typing import Any
 
 from tpfuse.report import Decline
 
-AT_LAUNCH = ("triton:one_shot", "triton:two_shot")  # one kernel chooses between them when it is launched: no range needs to
+UNFUSED = "unfused"
+IN_GRAPH = (UNFUSED, "on", "off")  # what a graph is made for; between kernels it chooses when it runs
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ class Table:
         return Decline("threshold", f"measured slower at {size} bytes ({', '.join(_step(*s) for s in entry.steps)})")
 
     def thresholds(self, sites: Iterable[tuple[Any, int, int]]) -> list[int]:
-        """Token counts at which choices change for collectives of (dtype, world, width); each closes a range."""
+        """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range."""
         counts: set[int] = set()
         for dtype, world, hidden in sites:
             row = hidden * dtype.itemsize
             fitting = {(e.op, e.scheme) for e in self.entries}
             for entry in (self.find(op, dtype, world, scheme, hidden) for op, scheme in fitting):
                 for (end, choice), (_, following) in pairwise(entry.steps if entry else ()):
-                    if end is not None and end >= row and not {choice, following} <= set(AT_LAUNCH):
+                    if end is not None and end >= row and (choice in IN_GRAPH or following in IN_GRAPH):
                         counts.add(end // row)
         return sorted(counts)
 

@@ -23,6 +23,7 @@ from tpfuse.target import Target
 
 EARLY = 16  # tokens up to which users let FlashInfer complete early
 UNFUSED = "nccl+inductor"
+OWN = ("triton", "cuda")  # back ends whose kernels are tpfuse's
 
 
 class Collectives:
@@ -39,9 +40,8 @@ class Collectives:
         op, args = point.op, self.arguments(point)
         found: dict[str, Callable[[int], Any]] = {}
         for kernel in op.kernels:
-            chooses = kernel.backend == "triton" and not kernel.algorithm
             usable = kernel.backend in self.target.backends and kernel.backend != "reference"
-            if chooses or not usable or not wanted(kernel) or kernel.supports(args, self.target) is not None:
+            if chooses(kernel) or not usable or not wanted(kernel) or kernel.supports(args, self.target) is not None:
                 continue
             self._prepare(kernel.prepare)
             found[kernel.name] = partial(_call, op.launcher(kernel.name), [args[p] for p in op.params], alive_of(point))
@@ -82,7 +82,7 @@ class Collectives:
 
     def ours(self, point: Point, also: str | None = None) -> dict[str, Callable[[int], Any]]:
         """tpfuse's own kernels, the first one twice, and the back end of that name in result files."""
-        kernels = self.kernels(point, lambda k: k.backend == "triton" or impl_of(k.name) == also)
+        kernels = self.kernels(point, lambda k: k.backend in OWN or impl_of(k.name) == also)
         found = {impl_of(name): fn for name, fn in kernels.items()}
         return {next(iter(found)) + AGAIN: next(iter(found.values())), **found}
 
@@ -200,11 +200,16 @@ def picked_impl(point: Point, target: Target, table: Table) -> str | None:
     found = select.pick(point.op, shapes(point), target, "auto", table, limits)
     if not isinstance(found, select.Pick):
         return UNFUSED if found.code == "threshold" and not point.scheme else None
-    if found.kernel.backend != "triton" or found.kernel.algorithm:
-        return impl_of(found.kernel.name)
-    guess = load("tpfuse.kernels.plan:sends_whole")
-    whole = guess(point.message, target.world) if found.limit is None else point.message <= found.limit
+    kernel = next(kernel for limit, kernel in found.kernels if limit is None or point.message <= limit)
+    if not chooses(kernel):
+        return impl_of(kernel.name)
+    whole = load("tpfuse.kernels.plan:sends_whole")(point.message, target.world)
     return "tpfuse:one_shot" if whole else "tpfuse:two_shot"
+
+
+def chooses(kernel: Kernel) -> bool:
+    """Whether it is the one that chooses among its siblings when it is launched."""
+    return kernel.backend in OWN and not kernel.algorithm
 
 
 def shapes(point: Point) -> dict[str, Any]:
