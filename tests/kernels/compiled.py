@@ -112,6 +112,8 @@ def _compile(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Comp
 def _type_of(value: Any, unspecialised: bool) -> str:
     if isinstance(value, Tensor):
         return _TYPES[value.dtype]
+    if hasattr(value, "block_shape"):  # a host's tensor descriptor
+        return f"tensordesc<{_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "constexpr" if value == 1 and not unspecialised else "i32" if -(2**31) <= value < 2**31 else "i64"

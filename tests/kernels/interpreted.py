@@ -34,3 +34,16 @@ def shared_channel(
     channel.connect(maps[rank], [m.data_ptr() for m in maps])
     dist.barrier()
     return channel, maps
+
+
+def run_loops() -> None:
+    """Let loops over a kernel's own numbers run: Triton 3.6 takes int() of arrays of one element, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched

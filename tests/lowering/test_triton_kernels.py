@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tpfuse.ir import fused
+from tpfuse.ir.attention import attention_quantize
 from tpfuse.ir.op import load
 from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.lowering.select import Pick, pick
 from tpfuse.report import Decline
+from tpfuse.shim import FakeTensorMode, ShapeEnv
 from tpfuse.target import Target
 
 H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton"}))
@@ -62,7 +64,7 @@ def test_every_launcher_exists() -> None:
     for op in (
         fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
         fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.rms_norm_quantize,
-        fused.add_rms_norm_quantize, fused.act_and_mul_quantize, qk_norm_rope,
+        fused.add_rms_norm_quantize, fused.act_and_mul_quantize, qk_norm_rope, attention_quantize,
     ):  # fmt: skip
         kernels = [k for k in op.kernels if k.backend == "triton"]
         assert kernels
@@ -97,3 +99,57 @@ def test_heads() -> None:
 def test_heads_that_are_declined(args: dict[str, Any], code: str) -> None:
     found = pick(qk_norm_rope, args, H100, "auto")
     assert isinstance(found, Decline) and f"triton: {code}" in found.detail
+
+
+def attending(tokens: Any = 130, keys: Any = 130, width: int = 128, v_width: int = 128, **others: Any) -> dict[str, Any]:
+    def make(heads: int, tokens: Any, width: int) -> torch.Tensor:
+        return torch.empty(2, tokens, heads, width, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+
+    q, k, v = make(8, tokens, width), make(2, keys, width), make(2, keys, v_width)
+    return {"q": q, "k": k, "v": v, "mask": None, "scale": None, "softmax_scale": 0.1, "causal": True, "method": "flash",
+            "scheme": "fp8_group128", "layout": "row", **others}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        attending(), attending(width=192), attending(width=64, v_width=64, scheme="nvfp4"), attending(tokens=7, keys=7),
+        attending(keys=4096),
+    ],
+)  # fmt: skip
+def test_attention(args: dict[str, Any]) -> None:
+    found = pick(attention_quantize, args, H100, "auto")
+    assert isinstance(found, Pick) and found.name == "triton"
+
+
+@pytest.mark.parametrize(
+    "args, code",
+    [
+        (attending(tokens=1, keys=4096), "few_queries"),
+        (attending(mask=torch.empty(1, 1, 130, 130, device="meta")), "mask"),
+        (attending(width=80), "head_dim"),
+        (attending(v_width=64), "head_dim"),  # a group of two heads
+        (attending(scheme="fp8_token"), "scale_spans_heads"),
+        (attending(scheme="fp8_tensor", scale=torch.empty(8, device="meta")), "scale_shape"),
+        (attending(softmax_scale=-0.1), "softmax_scale"),
+        (attending(k=torch.empty(2, 2, 130, 128, device="meta")), "dtype"),
+        (attending(q=torch.empty(2, 130, 8 * 128 + 4, dtype=torch.bfloat16, device="meta")[..., 4:].unflatten(-1, (8, 128))
+                   .transpose(1, 2)), "strides"),
+    ],
+)  # fmt: skip
+def test_attention_that_is_declined(args: dict[str, Any], code: str) -> None:
+    found = pick(attention_quantize, args, H100, "auto")
+    assert isinstance(found, Decline) and f"triton: {code}" in found.detail
+
+
+def test_token_counts_that_are_symbols() -> None:
+    """A prompt of any length, queries and keys being the same tokens; and a range of many queries to a cache."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        own, many, few, cached = (mode.shape_env.create_unbacked_symint() for _ in range(4))
+        for symbol, low in ((own, 2), (many, 129), (few, 2), (cached, 2)):
+            torch._check(symbol >= low)
+        assert isinstance(pick(attention_quantize, attending(own, own), H100, "auto"), Pick)
+        assert isinstance(pick(attention_quantize, attending(many, cached), H100, "auto"), Pick)
+        found = pick(attention_quantize, attending(few, cached), H100, "auto")
+    assert isinstance(found, Decline) and "few_queries" in found.detail

@@ -156,11 +156,13 @@ def qk_norm_rope(
         heads = max(1, BLOCK // (2 * half_block))
         blocks = ceil_div(q_heads, heads) + ceil_div(k_heads, heads)
         q, k, q_out, k_out, cos, sin = tensors
+        arguments: list[Any] = [
+            q, k, q if q_weight is None else q_weight.contiguous(), k if k_weight is None else k_weight.contiguous(), cos, sin,
+            q_out, k_out, tokens, q_heads, k_heads, *(s // vector for s in strides), eps, weight_bias,
+        ]  # fmt: skip
         options: dict[str, Any] = {"num_warps": 2, "launch_pdl": True} if q.is_cuda else {}
         qk_norm_rope_kernel[(rows, blocks)](
-            q, k, q if q_weight is None else q_weight.contiguous(), k if k_weight is None else k_weight.contiguous(),
-            cos, sin, q_out, k_out, tokens, q_heads, k_heads, *(s // vector for s in strides), eps, weight_bias,
-            Q_WEIGHT=q_weight is not None, K_WEIGHT=k_weight is not None, HEAD_DIM=width, HALF=half,
+            *arguments, Q_WEIGHT=q_weight is not None, K_WEIGHT=k_weight is not None, HEAD_DIM=width, HALF=half,
             HALF_BLOCK=half_block, REST_BLOCK=triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0,
             HEADS=heads, VECTOR=vector, INTERLEAVED=how.base == "interleaved", PAIRS=how.pairs, ASM=q.is_cuda, **options,
         )  # fmt: skip

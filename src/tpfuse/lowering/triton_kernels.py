@@ -10,19 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tpfuse.formats import Scheme
 from tpfuse.ir import fused
+from tpfuse.ir.attention import attention_quantize
 from tpfuse.ir.norm import Rounding
 from tpfuse.ir.op import Args, Op
 from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.report import Decline
+from tpfuse.rewrite.match import same
 from tpfuse.target import Target
 
 MAX_HIDDEN = 16384
 MAX_ACT_HIDDEN = 32768  # where one scale spans the row
 MAX_WORLD = 8
-MAX_HEAD_DIM = 512
+MAX_HEAD_DIM = 512  # of heads that are normalised
+HEAD_DIMS = (64, 96, 128, 192, 256)  # of attention
+MIN_QUERIES = 128  # a block's
 DTYPES = (torch.bfloat16, torch.float16)
 
 Supports = Callable[[Args, Target], Decline | None]
@@ -67,6 +72,34 @@ def rope_supports(args: Args, target: Target) -> Decline | None:
     return None
 
 
+def attention_supports(args: Args, target: Target) -> Decline | None:
+    """For attention whose rows are quantised."""
+    q, k, v = args["q"], args["k"], args["v"]
+    if reason := _device(target):
+        return reason
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        return Decline("dtype", f"bfloat16 and float16 are supported, one for all, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if args["mask"] is not None:
+        return Decline("mask", "attention to all keys and causal attention are supported, a mask is not")
+    if q.shape[-1] not in HEAD_DIMS or v.shape[-1] not in HEAD_DIMS:
+        return Decline("head_dim", f"heads of {q.shape[-1]} and values of {v.shape[-1]}: {HEAD_DIMS} are supported")
+    if args["softmax_scale"] <= 0:
+        return Decline("softmax_scale", f"{args['softmax_scale']} is not positive")
+    if reason := attention_quantize.guard(args) or _one_scale(args):
+        return reason
+    if not all(map(_tiles, (q, k, v))):
+        return Decline("strides", "heads are no whole 16-byte vectors side by side, of which TMA loads tiles")
+    tokens, keys = q.shape[2], k.shape[2]
+    if not same(tokens, keys) and not statically_known_true(tokens >= MIN_QUERIES):
+        return Decline("few_queries", f"fewer than {MIN_QUERIES} queries to other keys than their own leave the GPU idle")
+    return None
+
+
+def _tiles(x: Any) -> bool:
+    steps = [s for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if not same(n, 1)]
+    return x.stride(-1) == 1 and all(same(s % 8, 0) for s in steps)
+
+
 def collective_supports(args: Args, target: Target) -> Decline | None:
     """For a collective and the norm behind it, whatever the algorithm."""
     if not 2 <= target.world <= MAX_WORLD:
@@ -92,6 +125,10 @@ def _rows(args: Any, others: tuple[str, ...]) -> Decline | None:
         other = args.get(name)
         if other is not None and (other.dtype != x.dtype or other.shape[-1] != x.shape[-1]):
             return Decline("row_dtype", f"{name} is {other.dtype}, the rows are {x.dtype}")
+    return _one_scale(args)
+
+
+def _one_scale(args: Any) -> Decline | None:
     scale = args.get("scale")
     if scale is not None and scale.numel() != 1:
         return Decline("scale_shape", f"a given scale must be one number, not {list(scale.shape)}")
@@ -117,3 +154,4 @@ _local(fused.rms_norm_quantize, norm_supports)
 _local(fused.add_rms_norm_quantize, norm_supports)
 _local(fused.act_and_mul_quantize, act_supports)
 qk_norm_rope.kernel("triton", "tpfuse.kernels.rope:qk_norm_rope", rope_supports)
+attention_quantize.kernel("triton", "tpfuse.kernels.attention:attention_quantize", attention_supports)
