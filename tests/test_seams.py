@@ -203,16 +203,20 @@ import tpfuse
 from tests.models import Stack
 from tpfuse.testing import interpreted
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model, x = Stack(32, layers=1), torch.randn(8, 32)
 with torch.no_grad(), interpreted():
-    compiled = tpfuse.compile(Stack(32, layers=1), fullgraph=True)
-    compiled(torch.randn(8, 32))
+    compiled = tpfuse.compile(model, fullgraph=True, dynamic=True)
+    compiled(x)
 print(compiled.report)
+torch._dynamo.reset()
+print("explain", tpfuse.explain(model, x), sep="\\n")
 """
 
 
 @pytest.mark.parametrize(("setting", "lines"), [("tpfuse", 1), ("+tpfuse", 6)])
 def test_torch_logs(setting, lines, tmp_path):
-    """TORCH_LOGS takes the name of a module: its events are those of the report.  TORCH_TRACE gets them as an artifact."""
+    """TORCH_LOGS takes the name of a module: its events are those of the report, and those that `explain` foretold.
+    TORCH_TRACE gets them as an artifact."""
     environment = {
         **os.environ, "TORCH_LOGS": setting, "TORCH_TRACE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)
     }  # fmt: skip
@@ -221,8 +225,10 @@ def test_torch_logs(setting, lines, tmp_path):
     logged = [line for line in done.stderr.splitlines() if "graph 0, tokens" in line]
     assert len(logged) == lines, done.stderr
     (trace,) = (path.read_text() for path in tmp_path.iterdir())
-    assert "tpfuse_graph_0_tokens_8" in trace and trace.count("fired    all_reduce_add_rms_norm") == 2
+    assert "tpfuse_graph_0_tokens_1" in trace and trace.count("fired    all_reduce_add_rms_norm") == 2
+    report, _, foretold = done.stdout.partition("explain\n")
+    assert foretold.replace("graph 1", "graph 0") == report != ""
     if setting == "+tpfuse":  # every event, as the report prints it
-        for line in done.stdout.splitlines()[1:]:
+        for line in report.splitlines()[1:]:
             event, _, times = line.strip().partition("  × ")
             assert sum(event.replace("*", "0") in other for other in logged) == int(times or 1), line

@@ -221,8 +221,8 @@ def explain(
 def _zeros(value: Any) -> Any:
     """A real value of a fake one's size, with no more memory than one element."""
     if isinstance(value, torch.Tensor):
-        return torch.zeros((), dtype=value.dtype).expand([int(s) for s in value.shape])
-    return int(value) if isinstance(value, torch.SymInt) else value
+        return torch.zeros((), dtype=value.dtype).expand([shim.traced(s) for s in value.shape])
+    return shim.traced(value) if isinstance(value, torch.SymInt) else value
 
 
 def _off_meta(value: torch.Tensor) -> torch.Tensor:

@@ -180,6 +180,11 @@ def traced_sizes(placeholders: Sequence[Any]) -> dict[Any, int]:
     return sizes
 
 
+def traced(value: Any) -> int:
+    """The value that a size had when the graph was traced; int() would make the graph one for this value alone."""
+    return value.node.hint if isinstance(value, SymInt) else value
+
+
 def expression(value: Any) -> Any:
     """The sympy expression of a SymInt; an int as it is."""
     return value.node.expr if isinstance(value, SymInt) else value

@@ -30,7 +30,7 @@ class Dtype(enum.StrEnum):
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or a GGUF file.")]
-Ranks = Annotated[int | None, typer.Option("--tp", help="Ranks to shard over; under torchrun, the ranks it started.")]
+Ranks = Annotated[int | None, typer.Option("--tp", min=1, help="Ranks to shard over; under torchrun, the ranks it started.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="A field of tpfuse.Config: fuel=5, disable_passes=async_tp … Repeatable."),

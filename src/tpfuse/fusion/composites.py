@@ -11,7 +11,7 @@ from torch import fx
 
 from tpfuse.ir.op import Op, find, registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.emit import emit
+from tpfuse.rewrite.emit import DECLINE, emit
 from tpfuse.rewrite.match import VIEWS, aten
 from tpfuse.rewrite.order import ORDER, is_collective, latest_collective, number_collectives, sort
 from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
@@ -138,7 +138,8 @@ def _closest(
     refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in ("producer", "constant")]
     if refused:
         return refused[0][0].name, refused[0][1]
-    marked = next((n.meta["tpfuse_decline"] for n in _consumers(node, depth=12) if "tpfuse_decline" in n.meta), None)
+    # What was not raised lies before the next operator: beyond it, it is another site's reason.
+    marked = next((n.meta[DECLINE] for n in _consumers(node, 12, lambda n: find(n.target) is None) if DECLINE in n.meta), None)
     if marked is not None:
         return wanted[0].name, marked
     users = [u for u in _consumers(node)]
@@ -161,8 +162,11 @@ def _leaves(node: fx.Node) -> bool:
     return bool(node.users) and all(u.op == "output" or (u.target in through and _leaves(u)) for u in node.users)
 
 
-def _consumers(node: fx.Node, depth: int = 1) -> list[fx.Node]:
-    """Users, results of several looked through, up to `depth` operators away, the nearest first."""
+def _consumers(
+    node: fx.Node, depth: int = 1, through: Callable[[fx.Node], bool] = lambda node: True
+) -> list[fx.Node]:
+    """Users, results of several looked through, up to `depth` operators away and behind those that are looked `through`, the
+    nearest first."""
     found: list[fx.Node] = []
     layer = [node]
     for _ in range(depth):
@@ -173,6 +177,7 @@ def _consumers(node: fx.Node, depth: int = 1) -> list[fx.Node]:
                     step += list(user.users)
                 else:
                     step.append(user)
-        layer = [n for n in dict.fromkeys(step) if n not in found]
-        found += layer
+        new = [n for n in dict.fromkeys(step) if n not in found]
+        found += new
+        layer = [n for n in new if through(n)]
     return found
