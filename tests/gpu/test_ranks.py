@@ -46,7 +46,7 @@ def begin(rank: int, max_tokens: int, hidden: int, **options: Any) -> Any:
 
 
 def digest(outputs: Any) -> str:
-    parts = [o.contiguous().view(torch.uint8).cpu().numpy().tobytes() for o in outputs]
+    parts = [o.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes() for o in outputs]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -224,3 +224,66 @@ def groups_and_streams(rank: int, world: int, algorithm: str) -> int:
 @algorithms
 def test_groups_streams_and_restore(algorithm: str) -> None:
     run_spawned(groups_and_streams, WORLD, algorithm, environment={}, timeout=120)
+
+
+def sharded_cases(rank: int, world: int) -> int:
+    from dataclasses import replace
+
+    from tests.gpu.test_allreduce_norm import SCHEMES, error, make_calls, reference, unfused
+    from tpfuse.formats import dequantize, quantize
+    from tpfuse.kernels.cuda_sharded import ShardCall, sharded
+
+    channel = begin(rank, 600, 8192)
+    sizes = [(64, 4096), (1, 8192), (33, 5120), (7, 1040), (301, 8192), (2, 16), (129, 4096), (700, 8192)]
+    cases = [(s, sizes[(3 * i + j) % len(sizes)], (i + j) % 4 != 3) for i, s in enumerate(SCHEMES) for j in range(4)]
+    cases += [(SCHEMES[0], size, gather) for size in sizes for gather in (True, False)]
+    seen, prepared = [], []
+    for i, (scheme, (tokens, hidden), gather) in enumerate(cases):
+        dtype = torch.float16 if i % 3 == 2 else torch.bfloat16
+        calls = make_calls(world, tokens, hidden, *scheme, dtype=dtype, seed=i, gemma=i % 2 == 1, residual=i % 4 != 3)
+        plain, share = calls[rank], -(-tokens // world)
+        own = slice(rank * share, min(tokens, (rank + 1) * share))
+        residual = plain.residual
+        if residual is not None:
+            mine = residual[own]
+            residual = torch.cat([mine, mine.new_zeros(share - mine.shape[0], hidden)])
+        name = plain.operator.replace("all_reduce", "reduce_scatter") + "_all_gather" * gather
+        known = {**vars(plain), "operator": name, "residual": residual}
+        call = ShardCall(**known, gather=gather, all_rows=gather and not plain.scheme)
+        out = sharded(channel, call)
+        (norm, h), (plain_norm, plain_h) = reference(calls), unfused(calls)
+        what = f"{name} {scheme} {tokens} x {hidden} {dtype}"
+        if own.stop > own.start:
+            count = own.stop - own.start
+            assert error(out.own_norm[:count], norm[own]) <= 1.25 * error(plain_norm[own], norm[own]), what
+            assert error(out.reduced[:count], h[own]) <= 1.25 * error(plain_h[own], h[own]), what
+        if gather and not plain.scheme:
+            assert error(out.norm, norm) <= 1.25 * error(plain_norm, norm), what
+        if plain.scheme and (gather or own.stop - own.start == share):
+            which = slice(0, tokens) if gather else own
+            want_q, want_scales = quantize(plain_norm[which], plain.scale, *scheme)
+            assert out.scales.shape == want_scales.shape and out.scales.stride() == want_scales.stride(), what
+            got = dequantize(out.q, out.scales, plain.scale, *scheme)
+            best = dequantize(want_q, want_scales, plain.scale, *scheme)
+            assert error(got, norm[which]) <= 1.25 * error(best, norm[which]), what
+        if gather:
+            seen.append(digest((out.q, out.scales, out.norm)))
+        prepared.append((call, [o.clone() for o in out]))
+    same_everywhere(world, seen)
+    torch.use_deterministic_algorithms(False)
+    generator, own_pace = random.Random(0), random.Random(rank)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(3000):
+        call, wanted = generator.choice(prepared)
+        if own_pace.random() < 0.05:
+            torch.cuda._sleep(own_pace.randrange(200_000))
+        out = sharded(channel, replace(call))
+        for got, want in ((out.reduced, wanted[4]), (out.own_norm, wanted[3]), (out.norm, wanted[2])):
+            wrong += (got != want).sum()
+        wrong += (out.q.view(torch.uint8) != wanted[0].view(torch.uint8)).sum()
+    assert int(wrong) == 0
+    return len(cases)
+
+
+def test_sharded() -> None:
+    run_spawned(sharded_cases, WORLD, environment={}, timeout=250)

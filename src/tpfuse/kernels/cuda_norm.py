@@ -20,9 +20,11 @@ from .plan import ceil_div
 from .signal import OPERATORS
 from .workspace import channel_of
 
-_POINTERS = ("x", "residual", "bias", "weight", "weight2", "scale", "norm", "reduced", "q", "scales", "table", "state")
+_POINTERS = (
+    "x", "residual", "bias", "weight", "weight2", "scale", "norm", "own_norm", "reduced", "q", "scales", "table", "state",
+)  # fmt: skip
 _LONGS = ("section", "slot_vectors", "base", "outbox", "outscales", "stride_row", "stride_group")
-_INTS = ("first", "end", "tokens", "share", "vectors", "rank", "operation")
+_INTS = ("first", "end", "tokens", "share", "scale_words", "vectors", "operation")
 _FLOATS = ("alpha", "eps", "eps2", "weight_bias")
 
 
@@ -59,15 +61,15 @@ class ClusterPlan:
         return max(1, min(rows, sms * self.resident // self.cluster)) * self.cluster
 
 
-def flags_of(call: NormCall, channel: Channel, plan: ClusterPlan) -> frozenset[tuple[str, str]]:
-    """Macros of one compiled kernel."""
-    flags = call.flags(0)
-    flags["GROUP"] = flags["GROUP"] if flags["SCHEME"] else 0
-    flags |= {
-        "HALF": call.x.dtype == torch.float16, "WORLD": channel.world, "THREADS": plan.threads, "CLUSTER": plan.cluster,
-        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": calls.keeps_f32(call.rounding),
+def kernel_of(source: str, call: NormCall, channel: Channel, plan: ClusterPlan, **flags: Any) -> driver.Function:
+    """The kernel of that file, compiled for what the call asks."""
+    macros = {
+        **call.flags(0), "HALF": call.x.dtype == torch.float16, "WORLD": channel.world, "RANK": channel.rank,
+        "THREADS": plan.threads, "CLUSTER": plan.cluster, "VPT": plan.held, "MIN_BLOCKS": plan.resident,
+        "NORM_F32": calls.keeps_f32(call.rounding), **flags,
     }  # fmt: skip
-    return frozenset((name, _literal(value)) for name, value in flags.items())
+    sources = ("common.cuh", "finish.cuh", f"{source}.cu")
+    return driver.compiled(sources, source, frozenset((name, _literal(value)) for name, value in macros.items()))
 
 
 def _literal(value: Any) -> str:
@@ -76,38 +78,44 @@ def _literal(value: Any) -> str:
     return str(int(value))
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def inputs_of(channel: Channel, call: NormCall, x: Tensor) -> tuple[Args, list[Tensor | None]]:
+    """The arguments that do not depend on the algorithm, and what they point to."""
+    given = residual, bias, weight, weight2, scale = call.given()
+    args = Args(
+        x=x.data_ptr(), residual=pointer(residual), bias=pointer(bias), weight=pointer(weight), weight2=pointer(weight2),
+        scale=pointer(scale), table=channel.table.data_ptr(), state=channel.state.data_ptr(), tokens=x.shape[0],
+        vectors=x.shape[1] // 8, operation=OPERATORS.index(call.operator), alpha=call.alpha, eps=call.eps, eps2=call.eps2,
+        weight_bias=call.weight_bias,
+    )  # fmt: skip
+    return args, list(given)
 
 
 def one_shot(channel: Channel, call: NormCall, plan: ClusterPlan | None = None) -> Outputs:
     """Launch `call` on `channel`.  Messages larger than the channel's one-shot slots go in several launches."""
-    x = rows_of(call.x)
+    x, layout = rows_of(call.x), channel.layout
     tokens, hidden = x.shape
-    chunk = channel.layout.one_shot_rows(hidden * x.element_size())
+    chunk = layout.one_shot_rows(hidden * x.element_size())
     if chunk == 0:
         raise FusionError(
             f"{call.operator}: a row of {hidden * x.element_size()} bytes does not fit one of the workspace's one-shot "
-            f"slots ({channel.layout.one_shot} bytes): prepare the group with hidden={hidden}"
+            f"slots ({layout.one_shot} bytes): prepare the group with hidden={hidden}"
         )
     channel.check()
     outputs = call.outputs()
-    residual, bias, weight, weight2, scale = call.given()
-    stride_row, stride_group = calls.scale_strides(outputs.scales)
-    args = Args(
-        x=x.data_ptr(), residual=_pointer(residual), bias=_pointer(bias), weight=_pointer(weight), weight2=_pointer(weight2),
-        scale=_pointer(scale), norm=_pointer(outputs.norm), reduced=_pointer(outputs.reduced), q=_pointer(outputs.q),
-        scales=_pointer(outputs.scales), table=channel.table.data_ptr(), state=channel.state.data_ptr(),
-        section=channel.layout.one_shot // 16, slot_vectors=channel.layout.one_shot_slot // 16,
-        stride_row=stride_row, stride_group=stride_group, tokens=tokens, vectors=hidden // 8, rank=channel.rank,
-        operation=OPERATORS.index(call.operator), alpha=call.alpha, eps=call.eps, eps2=call.eps2, weight_bias=call.weight_bias,
-    )  # fmt: skip
+    args, _alive = inputs_of(channel, call, x)
+    args.norm, args.reduced = pointer(outputs.norm), pointer(outputs.reduced)
+    args.q, args.scales = pointer(outputs.q), pointer(outputs.scales)
+    args.stride_row, args.stride_group = calls.scale_strides(outputs.scales)
+    args.section, args.slot_vectors = layout.one_shot // 16, layout.one_shot_slot // 16
     for first in range(0, tokens, chunk):
         args.first, args.end = first, min(tokens, first + chunk)
         rows = args.end - first
-        how = plan or ClusterPlan.of(rows, hidden // 8, channel.sms)
-        kernel = driver.compiled(("common.cuh", "finish.cuh", "one_shot.cu"), "one_shot", flags_of(call, channel, how))
-        kernel(how.grid(rows, channel.sms), how.threads, how.cluster, channel.early, args)
+        how = plan or ClusterPlan.of(rows, args.vectors, channel.sms)
+        kernel_of("one_shot", call, channel, how)(how.grid(rows, channel.sms), how.threads, how.cluster, channel.early, args)
     return outputs
 
 

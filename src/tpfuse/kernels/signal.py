@@ -36,9 +36,12 @@ OPERATORS = (
     "all_reduce_rms_norm_quantize",
     "all_reduce_add_rms_norm_quantize",
     "all_reduce_rms_norm_add_rms_norm",
-    "all_reduce",
-    "reduce_scatter_add_rms_norm_all_gather",
-)
+    *(
+        f"reduce_scatter_{norm}{quantize}{gather}"
+        for norm in ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm") for quantize in ("", "_quantize")
+        for gather in ("", "_all_gather")
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

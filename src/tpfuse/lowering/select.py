@@ -12,6 +12,7 @@ from torch import fx
 
 from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
+from tpfuse.lowering import cuda_kernels as _cuda  # noqa: F401
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
 from tpfuse.lowering import triton_kernels as _own  # noqa: F401
 from tpfuse.lowering.choice import choose

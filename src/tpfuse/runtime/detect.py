@@ -29,7 +29,7 @@ def _detect(device: str, world: int) -> Target:
     if device != "cuda":
         return Target(device, world=world)
     major, minor = torch.cuda.get_device_capability()
-    backends = {"reference", "nccl", "torch"}
+    backends = {"reference", "nccl", "torch", "cuda"}
     versions = {"torch": str(torch.__version__)}
     for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python")):
         if importlib.util.find_spec(name) is not None:

@@ -1,8 +1,8 @@
 // What the collective kernels share: 16-byte vectors of the model's dtype, signals, row sums, quantisers.
 // No header is included, so that the run-time compiler needs no include path.
 //
-// Compile-time: HALF (fp16 rows, else bf16), WORLD, THREADS, CLUSTER (blocks that share a row), VPT (vectors a thread holds),
-// and the operator's flags (see one_shot.cu).  A row's vectors are dealt out so that neighbouring lanes hold neighbours:
+// Compile-time: HALF (fp16 rows, else bf16), WORLD, RANK, THREADS, CLUSTER (blocks that share a row), VPT (vectors a thread holds),
+// and the operator's flags (see finish.cuh).  A row's vectors are dealt out so that neighbouring lanes hold neighbours:
 // vector v of a row is held by block (v / THREADS) % CLUSTER, thread v % THREADS, in its place v / (THREADS * CLUSTER).
 
 typedef unsigned char u8;
@@ -14,6 +14,7 @@ typedef unsigned long long u64;
 constexpr u32 EMPTY = 0x80008000u;  // two bf16 -0.0: "has not arrived"
 constexpr int WARPS = THREADS / 32;
 constexpr int PEERS = WORLD - 1;
+constexpr int SPAN = THREADS * CLUSTER;
 
 // Words of a channel's state; see signal.py.
 struct State {
@@ -26,14 +27,14 @@ struct Args {
     const uint4 *x, *residual;
     const uint4 *bias, *weight, *weight2;
     const float *scale;
-    void *norm;
+    void *norm, *own_norm;
     uint4 *reduced;
     void *q, *scales;
     const i64 *table;
     int *state;
     i64 section, slot_vectors, base, outbox, outscales;  // in vectors: see plan.ChannelLayout
     i64 stride_row, stride_group;
-    int first, end, tokens, share, vectors, rank, operation;
+    int first, end, tokens, share, scale_words, vectors, operation;
     float alpha, eps, eps2, weight_bias;
 };
 
@@ -44,23 +45,40 @@ __device__ __forceinline__ void done() { asm volatile("griddepcontrol.launch_dep
 
 __device__ __forceinline__ u32 sent(u32 word) { return word == EMPTY ? 0u : word; }
 
+// Vectors of 16, 8 and 4 bytes.
 __device__ __forceinline__ void push(uint4 *where, uint4 v) {
     asm volatile("st.relaxed.sys.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(where), "r"(sent(v.x)), "r"(sent(v.y)),
                  "r"(sent(v.z)), "r"(sent(v.w))
                  : "memory");
 }
+__device__ __forceinline__ void push(uint2 *where, uint2 v) {
+    asm volatile("st.relaxed.sys.global.v2.b32 [%0], {%1, %2};" ::"l"(where), "r"(sent(v.x)), "r"(sent(v.y)) : "memory");
+}
+__device__ __forceinline__ void push(u32 *where, u32 v) {
+    asm volatile("st.relaxed.sys.global.b32 [%0], %1;" ::"l"(where), "r"(sent(v)) : "memory");
+}
 
-__device__ __forceinline__ uint4 look(const uint4 *where) {
-    uint4 v;
+__device__ __forceinline__ void look(const uint4 *where, uint4 &v) {
     asm volatile("ld.relaxed.sys.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(where) : "memory");
-    return v;
+}
+__device__ __forceinline__ void look(const uint2 *where, uint2 &v) {
+    asm volatile("ld.relaxed.sys.global.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(where) : "memory");
+}
+__device__ __forceinline__ void look(const u32 *where, u32 &v) {
+    asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(v) : "l"(where) : "memory");
 }
 
 __device__ __forceinline__ void empty(uint4 *where) {
     asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %1, %1, %1};" ::"l"(where), "r"(EMPTY) : "memory");
 }
+__device__ __forceinline__ void empty(uint2 *where) {
+    asm volatile("st.relaxed.gpu.global.v2.b32 [%0], {%1, %1};" ::"l"(where), "r"(EMPTY) : "memory");
+}
+__device__ __forceinline__ void empty(u32 *where) { asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(where), "r"(EMPTY) : "memory"); }
 
 __device__ __forceinline__ bool is_missing(uint4 v) { return v.x == EMPTY || v.y == EMPTY || v.z == EMPTY || v.w == EMPTY; }
+__device__ __forceinline__ bool is_missing(uint2 v) { return v.x == EMPTY || v.y == EMPTY; }
+__device__ __forceinline__ bool is_missing(u32 v) { return v == EMPTY; }
 
 __device__ __forceinline__ int read_slot(const int *state, int protocol, int &sequence) {
     int slot;
@@ -68,16 +86,20 @@ __device__ __forceinline__ int read_slot(const int *state, int protocol, int &se
     return slot;
 }
 
-// Once every thread of the block has read the state.  The last block of the grid advances the slot.
-__device__ __forceinline__ void arrive(int *state, int protocol, int slot, int sequence) {
+// Counts this block in, once all its threads have read the state → how many came before (thread 0).  What comes of that
+// is read late, by `advance`: nobody should wait for the answer.
+__device__ __forceinline__ int arrive(int *state, int protocol) {
     __syncthreads();
-    if (threadIdx.x == 0) {
+    return threadIdx.x == 0 ? atomicAdd(&((State *)(state + 8 * protocol))->arrivals, 1) : -1;
+}
+
+// The last block of the grid to arrive gives the next call the other slot.
+__device__ __forceinline__ void advance(int *state, int protocol, int before, int slot, int sequence) {
+    if (before == (int)gridDim.x - 1) {
         State *block = (State *)(state + 8 * protocol);
-        if (atomicAdd(&block->arrivals, 1) == (int)gridDim.x - 1) {
-            block->slot = slot ^ 1;
-            block->sequence = sequence + 1;
-            block->arrivals = 0;
-        }
+        block->slot = slot ^ 1;
+        block->sequence = sequence + 1;
+        block->arrivals = 0;
     }
 }
 
@@ -110,14 +132,15 @@ struct Patience {
     }
 };
 
-// Wait for COUNT vectors, `stride` apart, then leave them EMPTY for the call after next.
-template <int COUNT>
-__device__ __forceinline__ void receive(uint4 (&v)[COUNT], uint4 *where, i64 stride, const Args &a, int sequence, int origin) {
+// Wait for COUNT vectors, `stride` apart, then leave them EMPTY for the call after next.  origin: the section that the first
+// one comes from, the others from those behind it.
+template <typename Vector, int COUNT>
+__device__ __forceinline__ void receive(Vector (&v)[COUNT], Vector *where, i64 stride, const Args &a, int sequence, int origin) {
     Patience patience;
     for (;;) {
         bool missing = false;
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) v[i] = look(where + i * stride);
+        for (int i = 0; i < COUNT; i++) look(where + i * stride, v[i]);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) missing |= is_missing(v[i]);
         if (!missing) break;
@@ -126,7 +149,7 @@ __device__ __forceinline__ void receive(uint4 (&v)[COUNT], uint4 *where, i64 str
 #pragma unroll
             for (int i = COUNT - 1; i >= 0; i--)
                 if (is_missing(v[i])) section = i;
-            give_up(a.state, a.operation, sequence, a.rank, origin + section);
+            give_up(a.state, a.operation, sequence, RANK, origin + section);
         }
     }
 #pragma unroll
@@ -134,10 +157,10 @@ __device__ __forceinline__ void receive(uint4 (&v)[COUNT], uint4 *where, i64 str
 }
 
 // The receive buffer of a rank, as this one maps it.
-__device__ __forceinline__ uint4 *buffer_of(const Args &a, int rank) { return (uint4 *)__ldg(a.table + rank); }
+__device__ __forceinline__ uint4 *buffer_of(const Args &a, int rank) { return (uint4 *)a.table[rank]; }
 
 // The section of `destination`'s buffer that `source` writes: peers in rank order, without oneself.
-__device__ __forceinline__ int section_of(int source, int destination) { return source > destination ? source - 1 : source; }
+__device__ __forceinline__ constexpr int section_of(int source, int destination) { return source > destination ? source - 1 : source; }
 
 // ---- numbers ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,29 @@
-// From the sum over the ranks to the results: (inner norm), residual, norm, quantise, store.
+// From the rows of all ranks to the norm, and what becomes of it.
+//
+// Flags: RESIDUAL BIAS ALPHA WEIGHT WEIGHT2 SANDWICH NORM NORM_F32 OWN_NORM REDUCED GIVEN SCHEME GROUP (0: the row) INVERT FLOOR
+// LOW HIGH POW2 PACKED TILE.
+
+// The FP32 sum in rank order, (+ bias), times alpha.
+__device__ __forceinline__ void sum_of_ranks(float (&h)[8], uint4 mine, const uint4 (&arrived)[PEERS], uint4 bias, float alpha) {
+    float part[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) h[i] = 0.0f;
+#pragma unroll
+    for (int r = 0; r < WORLD; r++) {
+        widen(r == RANK ? mine : arrived[section_of(r, RANK) % PEERS], part);
+#pragma unroll
+        for (int i = 0; i < 8; i++) h[i] += part[i];
+    }
+    if constexpr (BIAS) {
+        widen(bias, part);
+#pragma unroll
+        for (int i = 0; i < 8; i++) h[i] += part[i];
+    }
+    if constexpr (ALPHA) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) h[i] *= alpha;
+    }
+}
 
 __device__ __forceinline__ float sum_of_squares(const float (&h)[VPT][8]) {
     float sum = 0.0f;
@@ -22,9 +47,9 @@ __device__ __forceinline__ void normalise(float (&y)[VPT][8], const uint4 (&weig
     }
 }
 
-// Quantise a row and hand each vector to `store(vector, values)`; scales go with the values.
+// Quantise a row and hand each vector to `store(k, values)`, which all threads call.
 template <typename Store>
-__device__ __forceinline__ void quantise_row(const float (&y)[VPT][8], int lane, const bool (&active)[VPT], float given, RowReduce &reduce, Store store) {
+__device__ __forceinline__ void quantise_row(const float (&y)[VPT][8], float given, RowReduce &reduce, Store store) {
     float row_scale = 1.0f;
     if constexpr (SCHEME == DYNAMIC && GROUP == 0) {
         float largest = 0.0f;
@@ -37,7 +62,7 @@ __device__ __forceinline__ void quantise_row(const float (&y)[VPT][8], int lane,
 #pragma unroll
     for (int k = 0; k < VPT; k++) {
         const Quantised values = quantise(y[k], given, row_scale);
-        if (active[k]) store(lane + k * THREADS * CLUSTER, values);
+        store(k, values);
     }
 }
 
@@ -51,9 +76,11 @@ __device__ __forceinline__ void store_norm(void *norm, i64 row, int vectors, int
     }
 }
 
-__device__ __forceinline__ void finish(
+// h: the sum → its norm, in place.  Row `row` of `a.reduced` gets what the norm was taken of.
+__device__ __forceinline__ void to_norm(
     float (&h)[VPT][8], const uint4 (&residual)[VPT], const uint4 (&weight)[VPT], const uint4 (&weight2)[VPT], i64 row, int lane,
-    const bool (&active)[VPT], float given, float hidden, RowReduce &reduce, const Args &a) {
+    const bool (&active)[VPT], RowReduce &reduce, const Args &a) {
+    const float hidden = 8.0f * a.vectors;
     if constexpr (SANDWICH) normalise<WEIGHT>(h, weight, a.eps, a.weight_bias, hidden, reduce);
     if constexpr (RESIDUAL) {
 #pragma unroll
@@ -67,19 +94,14 @@ __device__ __forceinline__ void finish(
     if constexpr (REDUCED) {
 #pragma unroll
         for (int k = 0; k < VPT; k++)
-            if (active[k]) a.reduced[row * a.vectors + lane + k * THREADS * CLUSTER] = narrow(h[k]);
+            if (active[k]) a.reduced[row * a.vectors + lane + k * SPAN] = narrow(h[k]);
     }
     if constexpr (SANDWICH) normalise<WEIGHT2>(h, weight2, a.eps2, a.weight_bias, hidden, reduce);
     else normalise<WEIGHT>(h, weight, a.eps, a.weight_bias, hidden, reduce);
-    if constexpr (NORM) {
+}
+
+__device__ __forceinline__ void store_norms(void *norm, i64 row, int lane, const bool (&active)[VPT], const float (&y)[VPT][8], int vectors) {
 #pragma unroll
-        for (int k = 0; k < VPT; k++)
-            if (active[k]) store_norm(a.norm, row, a.vectors, lane + k * THREADS * CLUSTER, h[k]);
-    }
-    if constexpr (SCHEME != NO_SCHEME) {
-        quantise_row(h, lane, active, given, reduce, [&](int vector, const Quantised &v) {
-            store_values(a.q, row, a.vectors, vector, v);
-            store_scale(a.scales, row, a.vectors, vector, a.stride_row, a.stride_group, v.scale, v.code);
-        });
-    }
+    for (int k = 0; k < VPT; k++)
+        if (active[k]) store_norm(norm, row, vectors, lane + k * SPAN, y[k]);
 }

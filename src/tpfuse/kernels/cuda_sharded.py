@@ -1,0 +1,148 @@
+"""Launches of `cuda/sharded.cu`: reduce-scatter + norm (+ quantise) (+ all-gather) around a residual that is sharded by rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tpfuse.formats import Scheme, quantize_fake
+from tpfuse.report import FusionError
+
+from . import calls
+from .calls import NormCall, rows_of
+from .channel import Channel
+from .cuda_norm import ClusterPlan, inputs_of, kernel_of, pointer
+from .plan import ceil_div
+from .workspace import channel_of
+
+
+class ShardOutputs(NamedTuple):
+    """Results of the family; those nobody wants are empty.  q, scales, norm: of all rows with `gather`, else of own rows, and
+    norm is there only unquantised with `gather`."""
+
+    q: Tensor
+    scales: Tensor
+    norm: Tensor
+    own_norm: Tensor
+    reduced: Tensor
+
+
+@dataclass(frozen=True)
+class ShardCall(NormCall):
+    """`NormCall` of own rows: residual, norm and h are [⌈rows / world⌉, hidden].  alive: which of q, scales, own norm, h."""
+
+    gather: bool = False
+    all_rows: bool = False  # the unquantised norm of all rows is wanted
+
+    def shard_outputs(self, world: int) -> ShardOutputs:
+        x, own = self.x, ceil_div(self.x.shape[0], world)
+        shard = [own, x.shape[1]]
+        none = x.new_empty(0)
+        q, scales = none, none
+        if self.quantised:
+            q, scales = quantize_fake(x if self.gather else x.new_empty(shard), self.scheme, self.layout)
+        dtype = torch.float32 if calls.keeps_f32(self.rounding) else x.dtype
+        norm = torch.empty_like(x) if self.all_rows else none
+        own_norm = x.new_empty(shard, dtype=dtype) if self.alive[2] else none
+        return ShardOutputs(q, scales, norm, own_norm, x.new_empty(shard) if self.alive[3] else none)
+
+
+def scale_words(scheme: str, vectors: int) -> int:
+    """Words of 4 bytes that the scales of one row take on their way."""
+    what = Scheme.parse(scheme) if scheme else None
+    if what is None or what.name == "fp8_tensor":
+        return 0
+    if not what.is_fp8:
+        return ceil_div(vectors, 8)
+    return ceil_div(vectors, what.group // 8) if what.group else 1
+
+
+def sharded(channel: Channel, call: ShardCall, plan: ClusterPlan | None = None) -> ShardOutputs:
+    """Launch `call` on `channel`.  Messages larger than the channel's two-shot slots go in several launches."""
+    x, layout = rows_of(call.x), channel.layout
+    tokens, hidden = x.shape
+    row_bytes = hidden * x.element_size()
+    words = scale_words(call.scheme, hidden // 8)
+    chunk = min(layout.inbox // row_bytes, layout.outbox // channel.world // row_bytes)
+    if words:
+        chunk = min(chunk, layout.scales // channel.world // (4 * words))
+    if chunk == 0:
+        raise FusionError(
+            f"{call.operator}: a row of {row_bytes} bytes does not fit the workspace's two-shot slots "
+            f"({layout.inbox} bytes a rank): prepare the group with hidden={hidden}"
+        )
+    channel.check()
+    outputs = call.shard_outputs(channel.world)
+    args, _alive = inputs_of(channel, call, x)
+    args.norm, args.own_norm, args.reduced = pointer(outputs.norm), pointer(outputs.own_norm), pointer(outputs.reduced)
+    args.q, args.scales = pointer(outputs.q), pointer(outputs.scales)
+    args.stride_row, args.stride_group = calls.scale_strides(outputs.scales)
+    args.base, args.section = layout.two_shot_offset // 16, layout.inbox // 16
+    args.slot_vectors, args.outbox, args.outscales = (
+        layout.two_shot_slot // 16, layout.outbox_offset // 16, layout.scales_offset // 16
+    )  # fmt: skip
+    args.share, args.scale_words = ceil_div(tokens, channel.world), words
+    flags = {"NORM": call.all_rows, "OWN_NORM": call.alive[2], "GATHER": call.gather}
+    for first in range(0, args.share, chunk):
+        args.first, args.end = first, min(args.share, first + chunk)
+        rows = args.end - first
+        how = plan or ClusterPlan.of(rows, args.vectors, channel.sms)
+        kernel = kernel_of("sharded", call, channel, how, **flags)
+        kernel(how.grid(rows, channel.sms), how.threads, how.cluster, channel.early, args)
+    return outputs
+
+
+def _call(op: str, names: str, args: tuple[Any, ...], alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    """names: the operator's arguments in order.  → its tuple of results."""
+    given = dict(zip(names.split(), args, strict=True))
+    quantised, gather = "scheme" in given, op.endswith("_all_gather")
+    given.pop("padded")
+    given.pop("rows", None)
+    own = alive[-2:]
+    call = ShardCall(
+        op, alive=(quantised and alive[0], quantised and alive[1], *own) if quantised or gather else (False, False, *alive),
+        gather=gather and any(alive[:-2]), all_rows=gather and not quantised and alive[0], sandwich="weight2" in given, **given,
+    )  # fmt: skip
+    out = sharded(channel_of(call.group), call)
+    if quantised:
+        return out.q, out.scales, out.own_norm, out.reduced
+    return (out.norm, out.own_norm, out.reduced) if gather else (out.own_norm, out.reduced)
+
+
+def _operator(op: str, names: str) -> partial[tuple[Tensor, ...]]:
+    def run(*args: Any, alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
+        return _call(op, names, args, alive)
+
+    return partial(run)
+
+
+_NORM, _QUANT = "eps weight_bias rounding", "scheme layout"
+reduce_scatter_rms_norm = _operator("reduce_scatter_rms_norm", f"x weight bias {_NORM} padded group")
+reduce_scatter_add_rms_norm = _operator("reduce_scatter_add_rms_norm", f"x residual weight bias alpha {_NORM} padded group")
+reduce_scatter_rms_norm_add_rms_norm = _operator(
+    "reduce_scatter_rms_norm_add_rms_norm", "x residual weight weight2 eps eps2 weight_bias rounding padded group"
+)
+reduce_scatter_rms_norm_quantize = _operator(
+    "reduce_scatter_rms_norm_quantize", f"x weight bias scale {_NORM} {_QUANT} padded group"
+)
+reduce_scatter_add_rms_norm_quantize = _operator(
+    "reduce_scatter_add_rms_norm_quantize", f"x residual weight bias scale alpha {_NORM} {_QUANT} padded group"
+)
+reduce_scatter_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_all_gather", f"x weight bias {_NORM} padded rows group")
+reduce_scatter_add_rms_norm_all_gather = _operator(
+    "reduce_scatter_add_rms_norm_all_gather", f"x residual weight bias alpha {_NORM} padded rows group"
+)
+reduce_scatter_rms_norm_add_rms_norm_all_gather = _operator(
+    "reduce_scatter_rms_norm_add_rms_norm_all_gather",
+    "x residual weight weight2 eps eps2 weight_bias rounding padded rows group",
+)
+reduce_scatter_rms_norm_quantize_all_gather = _operator(
+    "reduce_scatter_rms_norm_quantize_all_gather", f"x weight bias scale {_NORM} {_QUANT} padded rows group"
+)
+reduce_scatter_add_rms_norm_quantize_all_gather = _operator(
+    "reduce_scatter_add_rms_norm_quantize_all_gather", f"x residual weight bias scale alpha {_NORM} {_QUANT} padded rows group"
+)
