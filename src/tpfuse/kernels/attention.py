@@ -121,7 +121,7 @@ class AttentionPlan:
 
 
 def attention_quantize(
-    q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout, *, alive
+    q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout, *, alive, plan: AttentionPlan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     batch, heads, tokens, width = q.shape
     v_width = v.shape[-1]
@@ -129,7 +129,7 @@ def attention_quantize(
     out = q.new_empty((batch, tokens, hidden) if alive[2] else 0)
     q_out, scales = quantize_fake(q.new_empty((), dtype=q.dtype).expand(batch, tokens, hidden), scheme, layout)
     if batch * tokens:
-        plan = AttentionPlan.of(width, v_width)
+        plan = plan or AttentionPlan.of(width, v_width)
         q_view, scales_view = quantised_views(q_out, scales, scheme)
         arguments: list[Any] = [
             described(q, plan.block_m, plan.chunk), described(k, plan.block_n, plan.chunk),
