@@ -62,6 +62,13 @@ def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[
     return buffer, [address + offset for address in handle.buffer_ptrs], handle
 
 
+def functional_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum over the ranks as graphs spell it."""
+    from torch.distributed._functional_collectives import all_reduce
+
+    return all_reduce(x, "sum", group)
+
+
 def cuda_library() -> Any:
     """The CUDA driver, by ctypes."""
     import ctypes

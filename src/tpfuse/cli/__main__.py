@@ -120,6 +120,29 @@ def collectives(
     )  # fmt: skip
 
 
+@bench.command()
+def e2e(
+    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
+    shape: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="8b, 70b.")] = "8b,70b",
+    decode: Annotated[str, typer.Option(metavar="N,N,…", help="Sequences that take a step together.")] = "1,8,32,128",
+    prefill: Annotated[str | None, typer.Option(metavar="N,N,…", help="Tokens of one sequence.")] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 4,
+    cached: Annotated[int, typer.Option(min=1, help="Positions that a decode step reads.")] = 1024,
+    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+) -> None:
+    """A Llama-shaped stack under torch.compile and CUDA graphs: tpfuse, NCCL, FlashInfer, and no collectives at all."""
+    from tpfuse.cli import bench_e2e as command
+    from tpfuse.cli.bench import numbers
+
+    command.e2e(
+        _console(), world, shape.split(","), numbers(decode, ()), numbers(prefill, ()), layers, cached, trials, table, json,
+        commit,
+    )  # fmt: skip
+
+
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, links and back ends: what is usable and why not."""
