@@ -1,7 +1,9 @@
-"""One rank of a group in which something goes wrong; started by test_workspace.py.  Arguments: rank, world, port, case."""
+"""One rank of a group in which something goes wrong; started by test_workspace.py.  Arguments: rank, world, port,
+case, module of the kernel."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -10,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 
-def main(rank: int, world: int, port: int, case: str) -> None:
-    from tpfuse.kernels import allreduce_norm
+def main(rank: int, world: int, port: int, case: str, module: str) -> None:
     from tpfuse.runtime.workspaces import prepare
+
+    kernels = importlib.import_module(f"tpfuse.kernels.{module}")
 
     torch.cuda.set_device(rank % torch.cuda.device_count())
     store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
@@ -28,7 +31,7 @@ def main(rank: int, world: int, port: int, case: str) -> None:
     def call(hidden: int = 1024) -> torch.Tensor:
         x = torch.ones(tokens, hidden, dtype=torch.bfloat16, device="cuda")
         args = (x, x, None, None, 1.0, 1e-6, 0.0, "cast_first", group)
-        return allreduce_norm.all_reduce_add_rms_norm(*args, alive=(True, True))[1]
+        return kernels.all_reduce_add_rms_norm(*args, alive=(True, True))[1]
 
     for _ in range(3):
         assert call()[0, 0].item() == world + 1
@@ -46,4 +49,4 @@ def main(rank: int, world: int, port: int, case: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5])

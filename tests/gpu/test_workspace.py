@@ -89,8 +89,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_peer_that_fails_is_named(case: str) -> None:
+ENDINGS = [(case, "allreduce_norm") for case in CASES] + [(case, "cuda_norm") for case in ("killed", "shapes", "wide")]
+
+
+@pytest.mark.parametrize("case, module", ENDINGS)
+def test_a_peer_that_fails_is_named(case: str, module: str) -> None:
     """Within the bound of 5 s, start-up and compilation aside, with no process left behind."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -100,7 +103,7 @@ def test_a_peer_that_fails_is_named(case: str) -> None:
     environment = {**os.environ, **SHARED, "PYTHONPATH": f"{root / 'src'}:{root}"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(port), case], env=environment,
+            [sys.executable, str(script), str(rank), str(WORLD), str(port), case, module], env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(WORLD)

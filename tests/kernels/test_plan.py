@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tpfuse.kernels.cuda_norm import BlockPlan
 from tpfuse.kernels.plan import (
     ALIGNMENT,
     MAX_HIDDEN,
@@ -12,8 +13,8 @@ from tpfuse.kernels.plan import (
     TWO_SHOT_BYTES,
     ChannelLayout,
     RowPlan,
+    algorithm_of,
     resident_blocks,
-    sends_whole,
 )
 
 WORLDS = range(2, 9)
@@ -81,7 +82,16 @@ def test_nonsense_is_refused(world: int, tokens: int, hidden: int) -> None:
         ChannelLayout.of(world, tokens, hidden, 2)
 
 
-def test_algorithm_goes_by_bytes_to_the_peers() -> None:
+def test_algorithm_goes_by_bytes() -> None:
     row = 4096 * 2
-    assert sends_whole(512 * row, 2) and not sends_whole(513 * row, 2)
-    assert sends_whole(170 * row, 4) and not sends_whole(171 * row, 4)
+    assert algorithm_of(256 * row, 2) == "triton:one_shot" and algorithm_of(257 * row, 2) == "cuda:one_shot"
+    assert algorithm_of(10**9, 2) == "cuda:one_shot" and algorithm_of(10**9, 3) == "triton:two_shot"
+    assert algorithm_of(170 * row, 4) == "triton:one_shot" and algorithm_of(171 * row, 4) == "triton:two_shot"
+
+
+@pytest.mark.parametrize("hidden", [8, 200, 1040, 4096, 5120, 8192, 12288, MAX_HIDDEN])
+def test_a_block_of_the_cuda_kernels_covers_a_row(hidden: int) -> None:
+    plan = BlockPlan.of(hidden // 8)
+    assert plan.threads % 32 == 0 and plan.threads <= 1024 and plan.threads * plan.held >= hidden // 8
+    assert plan.threads * plan.resident <= THREADS_PER_SM
+    assert plan.grid(1, 132) == 1 and plan.grid(10**6, 132) == 132 * plan.resident

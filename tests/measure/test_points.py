@@ -67,8 +67,8 @@ def test_what_lowering_picks_is_named_as_in_result_files():
         1: "tpfuse:one_shot", 64: "tpfuse:one_shot", 65: "tpfuse:two_shot", 700: "tpfuse:torch:two_shot",
         1500: "tpfuse:torch:two_shot", 5000: "nccl+inductor",
     }  # fmt: skip
-    assert picked_impl(Point("", 4096, 512), H100, BUILT_IN) == "tpfuse:one_shot"  # 4 MiB
-    assert picked_impl(Point("", 4096, 513), H100, BUILT_IN) == "tpfuse:two_shot"
+    assert picked_impl(Point("", 4096, 256), H100, BUILT_IN) == "tpfuse:one_shot"  # 2 MiB
+    assert picked_impl(Point("", 4096, 257), H100, BUILT_IN) == "tpfuse:cuda:one_shot"
 
 
 @pytest.mark.parametrize("scheme", ["", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4"])

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import calls
-from .allreduce_norm import one_shot
-from .plan import sends_whole
-from .two_shot import two_shot
+from . import allreduce_norm, calls, cuda_norm, two_shot
+from .plan import algorithm_of
 from .workspace import channel_of
+
+_LAUNCH = {
+    "triton:one_shot": allreduce_norm.one_shot, "cuda:one_shot": cuda_norm.one_shot, "triton:two_shot": two_shot.two_shot,
+}  # fmt: skip
 
 
 def _run(make, *args, alive):
     call = make(*args, alive=alive)
     channel = channel_of(call.group)
-    launch = one_shot if sends_whole(call.x.numel() * call.x.element_size(), channel.world) else two_shot
+    launch = _LAUNCH[algorithm_of(call.x.numel() * call.x.element_size(), channel.world)]
     return call.results(launch(channel, call))
 
 

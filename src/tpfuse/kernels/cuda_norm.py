@@ -16,7 +16,7 @@ from tpfuse.report import FusionError
 from . import calls, driver
 from .calls import NormCall, Outputs, rows_of
 from .channel import Channel
-from .plan import ceil_div
+from .plan import THREADS_PER_SM, ceil_div
 from .signal import OPERATORS
 from .workspace import channel_of
 
@@ -38,38 +38,41 @@ class Args(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class ClusterPlan:
-    """How a row is held: `cluster` blocks of `threads` threads, each with `held` 16-byte vectors; `resident` blocks an SM."""
+class BlockPlan:
+    """How a block holds a row: `threads` threads, each with `held` 16-byte vectors; `resident` blocks fit an SM."""
 
     threads: int
-    cluster: int
     held: int
     resident: int
 
     @staticmethod
-    def of(rows: int, vectors: int, sms: int) -> ClusterPlan:
-        """For few rows a row is spread over several SMs; for many, blocks are wide enough for two an SM."""
-        for cluster in (8, 4, 2):
-            threads = ceil_div(ceil_div(vectors, cluster), 32) * 32
-            if rows * cluster <= sms and threads >= 64 and threads <= 512:
-                return ClusterPlan(threads, cluster, 1, 1)
-        held = 1 if vectors <= 512 else 2 if vectors <= 1024 else 4
+    def of(vectors: int) -> BlockPlan:
+        """One vector a thread where 1024 threads suffice: the sum over a row then costs least, and nothing spills."""
+        held = ceil_div(vectors, 1024)
         threads = ceil_div(ceil_div(vectors, held), 32) * 32
-        return ClusterPlan(threads, 1, held, max(1, 1024 // threads))
+        return BlockPlan(threads, held, max(1, THREADS_PER_SM // threads))
 
     def grid(self, rows: int, sms: int) -> int:
-        return max(1, min(rows, sms * self.resident // self.cluster)) * self.cluster
+        return max(1, min(rows, sms * self.resident))
 
 
-def kernel_of(source: str, call: NormCall, channel: Channel, plan: ClusterPlan, **flags: Any) -> driver.Function:
-    """The kernel of that file, compiled for what the call asks."""
+def macros_of(call: NormCall, rank: int, world: int, plan: BlockPlan, **flags: Any) -> frozenset[tuple[str, str]]:
+    """What is fixed when a kernel is compiled."""
     macros = {
-        **call.flags(0), "HALF": call.x.dtype == torch.float16, "WORLD": channel.world, "RANK": channel.rank,
-        "THREADS": plan.threads, "CLUSTER": plan.cluster, "VPT": plan.held, "MIN_BLOCKS": plan.resident,
-        "NORM_F32": calls.keeps_f32(call.rounding), **flags,
+        **call.flags(0), "HALF": call.x.dtype == torch.float16, "WORLD": world, "RANK": rank, "THREADS": plan.threads,
+        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": calls.keeps_f32(call.rounding), **flags,
     }  # fmt: skip
-    sources = ("common.cuh", "finish.cuh", f"{source}.cu")
-    return driver.compiled(sources, source, frozenset((name, _literal(value)) for name, value in macros.items()))
+    return frozenset((name, _literal(value)) for name, value in macros.items())
+
+
+def sources_of(name: str) -> tuple[str, ...]:
+    return "common.cuh", "finish.cuh", f"{name}.cu"
+
+
+def kernel_of(name: str, call: NormCall, channel: Channel, plan: BlockPlan, **flags: Any) -> driver.Function:
+    """The kernel of that name, compiled for what the call asks."""
+    macros = macros_of(call, channel.rank, channel.world, plan, **flags)
+    return driver.compiled(sources_of(name), name, macros, channel.table.device.index)
 
 
 def _literal(value: Any) -> str:
@@ -94,7 +97,7 @@ def inputs_of(channel: Channel, call: NormCall, x: Tensor) -> tuple[Args, list[T
     return args, list(given)
 
 
-def one_shot(channel: Channel, call: NormCall, plan: ClusterPlan | None = None) -> Outputs:
+def one_shot(channel: Channel, call: NormCall) -> Outputs:
     """Launch `call` on `channel`.  Messages larger than the channel's one-shot slots go in several launches."""
     x, layout = rows_of(call.x), channel.layout
     tokens, hidden = x.shape
@@ -106,6 +109,8 @@ def one_shot(channel: Channel, call: NormCall, plan: ClusterPlan | None = None) 
         )
     channel.check()
     outputs = call.outputs()
+    plan = BlockPlan.of(hidden // 8)
+    kernel = kernel_of("one_shot", call, channel, plan)
     args, _alive = inputs_of(channel, call, x)
     args.norm, args.reduced = pointer(outputs.norm), pointer(outputs.reduced)
     args.q, args.scales = pointer(outputs.q), pointer(outputs.scales)
@@ -113,9 +118,7 @@ def one_shot(channel: Channel, call: NormCall, plan: ClusterPlan | None = None) 
     args.section, args.slot_vectors = layout.one_shot // 16, layout.one_shot_slot // 16
     for first in range(0, tokens, chunk):
         args.first, args.end = first, min(tokens, first + chunk)
-        rows = args.end - first
-        how = plan or ClusterPlan.of(rows, args.vectors, channel.sms)
-        kernel_of("one_shot", call, channel, how)(how.grid(rows, channel.sms), how.threads, how.cluster, channel.early, args)
+        kernel(plan.grid(args.end - args.first, channel.sms), plan.threads, channel.early, args)
     return outputs
 
 

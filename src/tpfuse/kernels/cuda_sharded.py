@@ -15,7 +15,7 @@ from tpfuse.report import FusionError
 from . import calls
 from .calls import NormCall, rows_of
 from .channel import Channel
-from .cuda_norm import ClusterPlan, inputs_of, kernel_of, pointer
+from .cuda_norm import BlockPlan, inputs_of, kernel_of, pointer
 from .plan import ceil_div
 from .workspace import channel_of
 
@@ -61,7 +61,7 @@ def scale_words(scheme: str, vectors: int) -> int:
     return ceil_div(vectors, what.group // 8) if what.group else 1
 
 
-def sharded(channel: Channel, call: ShardCall, plan: ClusterPlan | None = None) -> ShardOutputs:
+def sharded(channel: Channel, call: ShardCall) -> ShardOutputs:
     """Launch `call` on `channel`.  Messages larger than the channel's two-shot slots go in several launches."""
     x, layout = rows_of(call.x), channel.layout
     tokens, hidden = x.shape
@@ -87,12 +87,11 @@ def sharded(channel: Channel, call: ShardCall, plan: ClusterPlan | None = None) 
     )  # fmt: skip
     args.share, args.scale_words = ceil_div(tokens, channel.world), words
     flags = {"NORM": call.all_rows, "OWN_NORM": call.alive[2], "GATHER": call.gather}
+    plan = BlockPlan.of(args.vectors)
+    kernel = kernel_of("sharded", call, channel, plan, **flags)
     for first in range(0, args.share, chunk):
         args.first, args.end = first, min(args.share, first + chunk)
-        rows = args.end - first
-        how = plan or ClusterPlan.of(rows, args.vectors, channel.sms)
-        kernel = kernel_of("sharded", call, channel, how, **flags)
-        kernel(how.grid(rows, channel.sms), how.threads, how.cluster, channel.early, args)
+        kernel(plan.grid(args.end - args.first, channel.sms), plan.threads, channel.early, args)
     return outputs
 
 

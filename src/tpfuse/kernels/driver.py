@@ -13,7 +13,6 @@ from tpfuse import shim
 
 FOLDER = Path(__file__).parent / "cuda"
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_CLUSTER = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 
 
 class _Attribute(ctypes.Structure):
@@ -33,34 +32,26 @@ class Function:
     def __init__(self, handle: ctypes.c_void_p) -> None:
         self._handle = handle
 
-    def __call__(self, grid: int, block: int, cluster: int, early: bool, arguments: ctypes.Structure) -> None:
-        """Launch `grid` blocks (a multiple of `cluster`) of `block` threads on the current stream.
+    def __call__(self, grid: int, block: int, early: bool, arguments: ctypes.Structure) -> None:
+        """Launch `grid` blocks of `block` threads on the current stream.
 
         early: the launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
         """
-        attributes = (_Attribute * 2)()
-        count = 0
-        if cluster > 1:
-            attributes[count].id = _CLUSTER
-            attributes[count].value[:3] = [cluster, 1, 1]
-            count += 1
-        if early:
-            attributes[count].id = _STREAM_SERIALIZATION
-            attributes[count].value[0] = 1
-            count += 1
+        attribute = _Attribute(id=_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
         stream = torch.cuda.current_stream().cuda_stream
-        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), 0, stream, attributes, count)
+        config = _LaunchConfig((grid, 1, 1), (block, 1, 1), 0, stream, ctypes.pointer(attribute), int(early))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         _check(shim.cuda_library().cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None))
 
 
 @functools.cache
-def compiled(sources: tuple[str, ...], name: str, flags: frozenset[tuple[str, str]]) -> Function:
-    """The kernel `name` of these files of `kernels/cuda`, one after another, compiled for the current device.
+def compiled(sources: tuple[str, ...], name: str, flags: frozenset[tuple[str, str]], device: int) -> Function:
+    """The kernel `name` of these files of `kernels/cuda`, one after another, compiled for a device, which is the current one.
 
     flags: macros and their values.
     """
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     image = shim.nvrtc(source_text(sources), name, f"{major}{minor}{'a' if major == 9 else ''}", defines(dict(flags)))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     library = shim.cuda_library()

@@ -16,18 +16,22 @@ THREADS_PER_SM = 65536 // MAX_REGISTERS
 # The largest message of the one-shot, over all peers together, and of one launch of the two-shot.
 ONE_SHOT_BYTES = 32 << 20
 TWO_SHOT_BYTES = 32 << 20
-# Bytes to the peers up to which a call goes by the one-shot: 4 MiB, where both took about the same time on two H100s.
-ONE_SHOT_LIMIT = 4 << 20
+# Where nothing was measured: a message's bytes up to which Triton's one-shot was ahead of CUDA's on two H100s, and bytes to
+# the peers up to which more than two ranks send their rows whole (N - 1 copies, one wait) rather than by the two-shot
+# (2 (N - 1) / N copies, two waits).
+TRITON_LIMIT = 2 << 20
+WHOLE_LIMIT = 4 << 20
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def sends_whole(message: int, world: int) -> bool:
-    """Whether a message of that many bytes goes to every peer whole (N - 1 copies, one wait) rather than by the two-shot
-    (2 (N - 1) / N copies, two waits)."""
-    return message * (world - 1) <= ONE_SHOT_LIMIT
+def algorithm_of(message: int, world: int) -> str:
+    """The kernel for a message of that many bytes where no table says: its name in the registry."""
+    if message <= TRITON_LIMIT and message * (world - 1) <= WHOLE_LIMIT:
+        return "triton:one_shot"
+    return "cuda:one_shot" if world == 2 or message * (world - 1) <= WHOLE_LIMIT else "triton:two_shot"
 
 
 def align(size: int, multiple: int = ALIGNMENT) -> int:

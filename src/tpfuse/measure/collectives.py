@@ -203,8 +203,7 @@ def picked_impl(point: Point, target: Target, table: Table) -> str | None:
     kernel = next(kernel for limit, kernel in found.kernels if limit is None or point.message <= limit)
     if not chooses(kernel):
         return impl_of(kernel.name)
-    whole = load("tpfuse.kernels.plan:sends_whole")(point.message, target.world)
-    return "tpfuse:one_shot" if whole else "tpfuse:two_shot"
+    return impl_of(load("tpfuse.kernels.plan:algorithm_of")(point.message, target.world))
 
 
 def chooses(kernel: Kernel) -> bool:

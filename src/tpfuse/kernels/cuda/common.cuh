@@ -1,9 +1,8 @@
 // What the collective kernels share: 16-byte vectors of the model's dtype, signals, row sums, quantisers.
 // No header is included, so that the run-time compiler needs no include path.
 //
-// Compile-time: HALF (fp16 rows, else bf16), WORLD, RANK, THREADS, CLUSTER (blocks that share a row), VPT (vectors a thread holds),
-// and the operator's flags (see finish.cuh).  A row's vectors are dealt out so that neighbouring lanes hold neighbours:
-// vector v of a row is held by block (v / THREADS) % CLUSTER, thread v % THREADS, in its place v / (THREADS * CLUSTER).
+// Compile-time: HALF (fp16 rows, else bf16), WORLD, RANK, THREADS, MIN_BLOCKS (an SM), VPT (vectors a thread holds) and the
+// operator's flags (see finish.cuh).  A block takes a row; thread t holds its vectors t, t + THREADS, ...
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -14,7 +13,7 @@ typedef unsigned long long u64;
 constexpr u32 EMPTY = 0x80008000u;  // two bf16 -0.0: "has not arrived"
 constexpr int WARPS = THREADS / 32;
 constexpr int PEERS = WORLD - 1;
-constexpr int SPAN = THREADS * CLUSTER;
+
 
 // Words of a channel's state; see signal.py.
 struct State {
@@ -192,18 +191,9 @@ __device__ __forceinline__ uint4 narrow(const float (&f)[8]) {
 
 // ---- sums and maxima over a row --------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 // One value a thread → one a row, in the same order everywhere, so that all ranks get the same bits.
 struct RowReduce {
-    float (*partial)[WARPS * CLUSTER];  // shared, two of them, taking turns: one barrier a reduction is enough
+    float (*partial)[WARPS];  // shared, two of them, taking turns: one barrier a reduction is enough
     int turn;
 
     template <bool MAXIMUM>
@@ -211,23 +201,11 @@ struct RowReduce {
 #pragma unroll
         for (int lane = 16; lane; lane >>= 1) v = join<MAXIMUM>(v, __shfl_xor_sync(~0u, v, lane));
         float *own = partial[turn];
-        const int warp = threadIdx.x / 32;
-        if constexpr (CLUSTER == 1) {
-            if (threadIdx.x % 32 == 0) own[warp] = v;
-            __syncthreads();
-        } else {
-            const int lane = threadIdx.x % 32;
-            if (lane < CLUSTER) {  // lane r writes to block r of the cluster
-                u32 address = (u32)__cvta_generic_to_shared(own + cluster_rank() * WARPS + warp), there;
-                asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(lane));
-                asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
-            }
-            cluster_arrive();
-            cluster_wait();
-        }
+        if (threadIdx.x % 32 == 0) own[threadIdx.x / 32] = v;
+        __syncthreads();
         float total = own[0];
 #pragma unroll
-        for (int i = 1; i < WARPS * CLUSTER; i++) total = join<MAXIMUM>(total, own[i]);
+        for (int i = 1; i < WARPS; i++) total = join<MAXIMUM>(total, own[i]);
         turn ^= 1;
         return total;
     }

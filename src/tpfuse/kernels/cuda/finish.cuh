@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_norm(void *norm, i64 row, int vectors, int
 
 // h: the sum → its norm, in place.  Row `row` of `a.reduced` gets what the norm was taken of.
 __device__ __forceinline__ void to_norm(
-    float (&h)[VPT][8], const uint4 (&residual)[VPT], const uint4 (&weight)[VPT], const uint4 (&weight2)[VPT], i64 row, int lane,
+    float (&h)[VPT][8], const uint4 (&residual)[VPT], const uint4 (&weight)[VPT], const uint4 (&weight2)[VPT], i64 row,
     const bool (&active)[VPT], RowReduce &reduce, const Args &a) {
     const float hidden = 8.0f * a.vectors;
     if constexpr (SANDWICH) normalise<WEIGHT>(h, weight, a.eps, a.weight_bias, hidden, reduce);
@@ -94,14 +94,14 @@ __device__ __forceinline__ void to_norm(
     if constexpr (REDUCED) {
 #pragma unroll
         for (int k = 0; k < VPT; k++)
-            if (active[k]) a.reduced[row * a.vectors + lane + k * SPAN] = narrow(h[k]);
+            if (active[k]) a.reduced[row * a.vectors + threadIdx.x + k * THREADS] = narrow(h[k]);
     }
     if constexpr (SANDWICH) normalise<WEIGHT2>(h, weight2, a.eps2, a.weight_bias, hidden, reduce);
     else normalise<WEIGHT>(h, weight, a.eps, a.weight_bias, hidden, reduce);
 }
 
-__device__ __forceinline__ void store_norms(void *norm, i64 row, int lane, const bool (&active)[VPT], const float (&y)[VPT][8], int vectors) {
+__device__ __forceinline__ void store_norms(void *norm, i64 row, const bool (&active)[VPT], const float (&y)[VPT][8], int vectors) {
 #pragma unroll
     for (int k = 0; k < VPT; k++)
-        if (active[k]) store_norm(norm, row, vectors, lane + k * SPAN, y[k]);
+        if (active[k]) store_norm(norm, row, vectors, threadIdx.x + k * THREADS, y[k]);
 }

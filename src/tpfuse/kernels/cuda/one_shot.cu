@@ -3,18 +3,14 @@
 //     h    = residual + alpha * (sum over ranks of x + bias)
 //     norm = h / sqrt(mean(h^2) + eps) * (weight + weight_bias)
 //
-// Every rank pushes its rows to every peer and reduces all of them itself, in FP32 and in rank order.  A cluster of
-// blocks takes a row; the rows ahead are on their way while one is worked on, so the link never waits for the arithmetic.
+// Every rank pushes its rows to every peer and reduces all of them itself, in FP32 and in rank order.  The rows
+// ahead are on their way while one is worked on, so the link never waits for the arithmetic.
 
 constexpr int PROTOCOL = 0;
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) one_shot(const __grid_constant__ Args a) {
-    __shared__ float partial[2][WARPS * CLUSTER];
+    __shared__ float partial[2][WARPS];
     RowReduce reduce = {partial, 0};
-    const int block = CLUSTER > 1 ? cluster_rank() : 0;
-    const int lane = block * THREADS + threadIdx.x;
-    const int stride = gridDim.x / CLUSTER;
-    if constexpr (CLUSTER > 1) cluster_arrive();
 
     uint4 *own, *peer[PEERS];  // receive buffers; read before the wait, since what comes behind depends on them
     own = buffer_of(a, RANK);
@@ -25,12 +21,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) one_shot(const
     int sequence;
     const int slot = read_slot(a.state, PROTOCOL, sequence);
 
-    int row = a.first + blockIdx.x / CLUSTER;
+    int row = a.first + blockIdx.x;
     uint4 mine[VPT], residual[VPT], weight[VPT], weight2[VPT], bias[VPT];
     bool active[VPT];
 #pragma unroll
     for (int k = 0; k < VPT; k++) {
-        const int v = lane + k * SPAN;
+        const int v = threadIdx.x + k * THREADS;
         active[k] = v < a.vectors;
         mine[k] = residual[k] = weight[k] = weight2[k] = bias[k] = make_uint4(0, 0, 0, 0);
         if (active[k]) {
@@ -52,21 +48,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) one_shot(const
         for (int p = 0; p < PEERS; p++)
 #pragma unroll
             for (int k = 0; k < VPT; k++)
-                if (active[k]) push(peer[p] + (i64)(row - a.first) * a.vectors + lane + k * SPAN, v[k]);
+                if (active[k]) push(peer[p] + (i64)(row - a.first) * a.vectors + threadIdx.x + k * THREADS, v[k]);
     };
 
     if (row < a.end) send(row, mine);
     // An empty call brings no ranks together: it takes no turn.
     const int before = a.end > a.first ? arrive(a.state, PROTOCOL) : -1;
-    if constexpr (CLUSTER > 1) cluster_wait();  // the others have begun: their shared memory may be written
 
-    for (; row < a.end; row += stride) {
-        const int ahead = row + stride;
+    for (; row < a.end; row += gridDim.x) {
+        const int ahead = row + gridDim.x;
         uint4 next[VPT], next_residual[VPT];
         if (ahead < a.end) {
 #pragma unroll
             for (int k = 0; k < VPT; k++) {
-                const i64 v = (i64)ahead * a.vectors + lane + k * SPAN;
+                const i64 v = (i64)ahead * a.vectors + threadIdx.x + k * THREADS;
                 next[k] = active[k] ? a.x[v] : make_uint4(0, 0, 0, 0);
                 next_residual[k] = RESIDUAL && active[k] ? a.residual[v] : make_uint4(0, 0, 0, 0);
             }
@@ -79,14 +74,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) one_shot(const
             uint4 arrived[PEERS];
 #pragma unroll
             for (int p = 0; p < PEERS; p++) arrived[p] = make_uint4(0, 0, 0, 0);
-            if (active[k]) receive(arrived, own + (i64)(row - a.first) * a.vectors + lane + k * SPAN, a.section, a, sequence, 0);
+            if (active[k]) receive(arrived, own + (i64)(row - a.first) * a.vectors + threadIdx.x + k * THREADS, a.section, a, sequence, 0);
             sum_of_ranks(h[k], mine[k], arrived, bias[k], a.alpha);
         }
-        to_norm(h, residual, weight, weight2, row, lane, active, reduce, a);
-        if constexpr (NORM) store_norms(a.norm, row, lane, active, h, a.vectors);
+        to_norm(h, residual, weight, weight2, row, active, reduce, a);
+        if constexpr (NORM) store_norms(a.norm, row, active, h, a.vectors);
         if constexpr (SCHEME != NO_SCHEME) {
             quantise_row(h, given, reduce, [&](int k, const Quantised &v) {
-                const int vector = lane + k * SPAN;
+                const int vector = threadIdx.x + k * THREADS;
                 if (!active[k]) return;
                 store_values(a.q, row, a.vectors, vector, v);
                 store_scale(a.scales, row, a.vectors, vector, a.stride_row, a.stride_group, v.scale, v.code);

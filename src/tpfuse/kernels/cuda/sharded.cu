@@ -22,12 +22,8 @@ constexpr int VECTORS_A_WORD = SCHEME == NVFP4 ? 8 : SCHEME == DYNAMIC && GROUP 
 constexpr bool SCALES = SCHEME == NVFP4 || SCHEME == DYNAMIC;
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const __grid_constant__ Args a) {
-    __shared__ float partial[2][WARPS * CLUSTER];
+    __shared__ float partial[2][WARPS];
     RowReduce reduce = {partial, 0};
-    const int block = CLUSTER > 1 ? cluster_rank() : 0;
-    const int lane = block * THREADS + threadIdx.x;
-    const int stride = gridDim.x / CLUSTER;
-    if constexpr (CLUSTER > 1) cluster_arrive();
 
     uint4 *own = buffer_of(a, RANK) + a.base, *peer[PEERS];
 #pragma unroll
@@ -45,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const 
     bool active[VPT];
 #pragma unroll
     for (int k = 0; k < VPT; k++) {
-        const int v = lane + k * SPAN;
+        const int v = threadIdx.x + k * THREADS;
         active[k] = v < a.vectors;
         weight[k] = weight2[k] = bias[k] = make_uint4(0, 0, 0, 0);
         if (active[k]) {
@@ -58,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const 
 
     auto row_of = [&](int rank, int index) { return rank * a.share + index; };
     auto load = [&](int row, int k) {
-        return row < a.tokens && active[k] ? a.x[(i64)row * a.vectors + lane + k * SPAN] : make_uint4(0, 0, 0, 0);
+        return row < a.tokens && active[k] ? a.x[(i64)row * a.vectors + threadIdx.x + k * THREADS] : make_uint4(0, 0, 0, 0);
     };
     // To each owner its row `index`, and this rank's own → mine.
     auto send = [&](int index, uint4 (&mine)[VPT]) {
@@ -74,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const 
             uint4 *inbox = peer[step - 1] + section_of(RANK, (RANK + step) % WORLD) * a.section + (i64)(index - a.first) * a.vectors;
 #pragma unroll
             for (int k = 0; k < VPT; k++)
-                if (active[k]) push(inbox + lane + k * SPAN, v[step - 1][k]);
+                if (active[k]) push(inbox + threadIdx.x + k * THREADS, v[step - 1][k]);
         }
     };
     // Where the finished row `index` of a rank lies in a buffer.
@@ -92,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const 
             if (row >= a.tokens) continue;
 #pragma unroll
             for (int k = 0; k < VPT; k++) {
-                const int v = lane + k * SPAN;
+                const int v = threadIdx.x + k * THREADS;
                 Carry arrived[1];
                 u32 word[1] = {0};
                 const bool carries = SCALES && active[k] && v % VECTORS_A_WORD == 0;
@@ -107,39 +103,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) sharded(const 
         }
     };
 
-    int index = a.first + blockIdx.x / CLUSTER;
+    int index = a.first + blockIdx.x;
     uint4 mine[VPT], next[VPT];
     if (index < a.end) send(index, mine);
     const int before = a.end > a.first ? arrive(a.state, PROTOCOL) : -1;
-    if constexpr (CLUSTER > 1) cluster_wait();
 
     int last = -1;
-    for (; index < a.end; index += stride) {
-        if (index + stride < a.end) send(index + stride, next);
+    for (; index < a.end; index += gridDim.x) {
+        if (index + gridDim.x < a.end) send(index + gridDim.x, next);
         const int row = row_of(RANK, index);
         uint4 residual[VPT];
         float h[VPT][8];
 #pragma unroll
         for (int k = 0; k < VPT; k++)
-            residual[k] = RESIDUAL && active[k] ? a.residual[(i64)index * a.vectors + lane + k * SPAN] : make_uint4(0, 0, 0, 0);
+            residual[k] = RESIDUAL && active[k] ? a.residual[(i64)index * a.vectors + threadIdx.x + k * THREADS] : make_uint4(0, 0, 0, 0);
 #pragma unroll
         for (int k = 0; k < VPT; k++) {
             uint4 arrived[PEERS];
 #pragma unroll
             for (int p = 0; p < PEERS; p++) arrived[p] = make_uint4(0, 0, 0, 0);
-            if (active[k]) receive(arrived, own + (i64)(index - a.first) * a.vectors + lane + k * SPAN, a.section, a, sequence, 0);
+            if (active[k]) receive(arrived, own + (i64)(index - a.first) * a.vectors + threadIdx.x + k * THREADS, a.section, a, sequence, 0);
             sum_of_ranks(h[k], mine[k], arrived, bias[k], a.alpha);
         }
-        to_norm(h, residual, weight, weight2, index, lane, active, reduce, a);
-        if constexpr (OWN_NORM) store_norms(a.own_norm, index, lane, active, h, a.vectors);
+        to_norm(h, residual, weight, weight2, index, active, reduce, a);
+        if constexpr (OWN_NORM) store_norms(a.own_norm, index, active, h, a.vectors);
         const bool sends = GATHER && row < a.tokens;
         const int to = GATHER ? row : index;  // its row of the results
         const bool stores = !GATHER || row < a.tokens;
         if constexpr (NORM && SCHEME == NO_SCHEME) {
-            if (stores) store_norms(a.norm, to, lane, active, h, a.vectors);
+            if (stores) store_norms(a.norm, to, active, h, a.vectors);
         }
         auto finished = [&](int k, const Quantised &q) {
-            const int v = lane + k * SPAN;
+            const int v = threadIdx.x + k * THREADS;
             if (SCHEME != NO_SCHEME && stores && active[k]) {
                 store_values(a.q, to, a.vectors, v, q);
                 store_scale(a.scales, to, a.vectors, v, a.stride_row, a.stride_group, q.scale, q.code);
