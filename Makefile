@@ -5,6 +5,7 @@ GPU_PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.tpfuse-installed
 PIP = $(BIN)/python -m pip --disable-pip-version-check
+GRAPH_TESTS = $(addprefix tests/,formats fusion ir lowering raising rewrite)
 PROMPT ?= The capital of France is
 
 # No thread pools: several ranks share the cores.
@@ -55,5 +56,9 @@ test: lint
 mutants: $(INSTALLED)
 	timeout --kill-after=20 1800 $(BIN)/python -m tests.mutants
 
+# The graph tests too: they need no GPU, but this is where other versions of torch are.
 gpu-test:
-	PYTHONPATH=src $(GPU_PYTHON) -m pytest tests/gpu
+	@status=0; \
+	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest tests/gpu || status=1; \
+	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest -m "not ranks" $(GRAPH_TESTS) || status=1; \
+	exit $$status

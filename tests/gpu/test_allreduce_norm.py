@@ -20,18 +20,19 @@ if torch.cuda.is_available():
     from tests.gpu.simulated import SimulatedRanks, float64_rows
     from tpfuse.kernels.allreduce_norm import one_shot
     from tpfuse.kernels.calls import NormCall
+    from tpfuse.kernels.cuda_norm import one_shot as cuda_one_shot
     from tpfuse.kernels.two_shot import two_shot
 
-    LAUNCHERS: dict[str, Callable[..., Any]] = {"one_shot": one_shot, "two_shot": two_shot}
+    LAUNCHERS: dict[str, Callable[..., Any]] = {"one_shot": one_shot, "two_shot": two_shot, "cuda_one_shot": cuda_one_shot}
 else:
-    LAUNCHERS = {"one_shot": print, "two_shot": print}
+    LAUNCHERS = {"one_shot": print, "two_shot": print, "cuda_one_shot": print}
 
 SCHEMES = [
     ("", ""), ("fp8_tensor", "row"), ("fp8_token", "row"), ("fp8_group128", "row"), ("fp8_group128", "col+tma"),
     ("fp8_group64", "col"), ("fp8_group128", "row+ue8m0"), ("fp8_group64", "col+tma+ue8m0_packed"),
     ("nvfp4", "linear"), ("nvfp4", "swizzled_128x4"),
 ]  # fmt: skip
-algorithms = pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+algorithms = pytest.mark.parametrize("algorithm", LAUNCHERS)
 
 
 def make_calls(

@@ -59,8 +59,9 @@ def same_everywhere(world: int, what: Any) -> None:
 def every_case(rank: int, world: int, algorithm: str) -> int:
     from tests.gpu.test_allreduce_norm import SCHEMES, check, make_calls
 
-    channel, launch = begin(rank, 600, 8192), launcher(algorithm)
-    sizes = [(1, 4096), (7, 8192), (33, 5120), (3, 1040), (300, 8192), (2, 16), (64, 6144), (1, 8192), (129, 4096), (700, 8192)]
+    channel, launch = begin(rank, 600, 16384), launcher(algorithm)
+    sizes = [(1, 4096), (7, 8192), (33, 5120), (3, 1040), (300, 8192), (2, 16), (64, 6144), (1, 8192), (129, 4096), (1300, 8192)]
+    sizes += [(5, 16384), (150, 12288)]
     cases = [(s, sizes[(3 * i + j) % len(sizes)]) for i, s in enumerate(SCHEMES) for j in range(3)]
     cases += [(SCHEMES[0], size) for size in sizes]
     seen = []
