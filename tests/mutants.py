@@ -21,6 +21,8 @@ import torch.distributed  # noqa: F401
 ROOT = Path(__file__).parent.parent
 PIPELINE = "tests/dist/test_agreement.py::test_subgroups"
 SEAMS = "tests/test_seams.py"
+ONE_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[one_shot-2]"
+TWO_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[two_shot-2]"
 NEAR = "tests/test_near_misses.py::test_reason"
 
 
@@ -83,6 +85,17 @@ MUTANTS = [
            ("tests/test_near_misses.py::test_strict_names_the_site_and_the_reason",)),
     Mutant("nobody agrees", "runtime/agreement.py", "        if lines != mine:", "        if False:",
            ("tests/dist/test_agreement.py::test_difference_is_named_on_every_rank[world2-epsilon]",)),
+    Mutant("kernel: a rank dropped", "kernels/allreduce_norm.py", "    h += mine", "    h += mine * 0.0", (ONE_SHOT,)),
+    Mutant("kernel: wrong epsilon", "kernels/rows.py", "0) / hidden + eps)", "0) / hidden + eps * 1.1)", (ONE_SHOT,)),
+    Mutant("kernel: weight_bias ignored", "kernels/rows.py", "other=0.0).to(tl.float32) + bias", "other=0.0).to(tl.float32)",
+           (ONE_SHOT,)),
+    Mutant("kernel: wrong scale", "kernels/rows.py", "y * given if INVERT else y / given", "y * given", (ONE_SHOT,)),
+    Mutant("kernel: wrong group", "kernels/rows.py", "group = base // GROUP + tl.arange(0, GROUPS)",
+           "group = base // GROUP + GROUPS - 1 - tl.arange(0, GROUPS)", (ONE_SHOT,)),
+    Mutant("kernel: a stale slot", "kernels/signal.py", "tl.store(ptr + s * stride + w, EMPTY, mask=active)",
+           "tl.store(ptr + s * stride + w, words[w], mask=active)", (ONE_SHOT, TWO_SHOT)),
+    Mutant("kernel: an early read", "kernels/signal.py", "(missing > 0) & (polls < limit):", "(missing > 0) & (polls < 1):",
+           (TWO_SHOT,)),
     Mutant("config not in the cache key", "runtime/key.py", "repr(config), ", "", (f"{SEAMS}::test_uuid_of_inductor_pass",)),
 ]  # fmt: skip
 
