@@ -121,8 +121,10 @@ def _compare(
     if dist.get_rank() == 0:
         whole = models.load(job.folder, 1, torch.float32, ids.device)
         session = Session(whole, whole, ids.shape[1] + job.max_new_tokens, alone=True)
-        tokens, times = session.generate(ids, job.max_new_tokens, stops, count)
-        out.runs[SINGLE] = _run(tokenizer, tokens, times)
+        # On past the end of the text: as many positions to compare as were asked for.
+        tokens, times = session.generate(ids, job.max_new_tokens, set(), count)
+        ended = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+        out.runs[SINGLE] = _run(tokenizer, tokens[:ended], times[:ended])
         exact = session.follow(ids, tokens)
         del whole, session
     shared = [tokens]

@@ -56,7 +56,9 @@ def apply(
                     found = _order_kept(found, latest) or found
                 if isinstance(found, Decline):
                     declines.setdefault(node, []).append((rule, found))
-                elif isinstance(found, Match) and (rule.op.fuse == "always" or fuel()):
+                elif isinstance(found, Match) and rule.op.fuse != "always" and not fuel():
+                    declines.setdefault(node, []).append((rule, Decline("fuel", "Config(fuel=…) was used up before this site")))
+                elif isinstance(found, Match):
                     new = _replace(graph, found)
                     latest[new] = max(new.meta.get(ORDER, -1), *(latest[a] for a in new.all_input_nodes))
                     latest.update(dict.fromkeys(new.users, latest[new]))

@@ -92,8 +92,8 @@ class Op:
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, self.reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self.fake, lib=_library)
-        # The form in final graphs: which kernel, which results are alive (a bit mask) and, for a collective, the channel
-        # whose mutation keeps the collectives of a graph in program order under any scheduler.
+        # The form in final graphs: which kernel, which results are alive (a bit mask, above it `wide`) and,
+        # for a collective, the channel whose mutation keeps the collectives of a graph in program order under any scheduler.
         channel = "Tensor(a!) channel, " if self.collective else ""
         required = ", ".join(a.split("=")[0] for a in _split(args[1:-1]))
         lowered = f"{self.name}.lowered({channel}{required}, str kernel, int alive) -> {returns}"
@@ -104,6 +104,7 @@ class Op:
         self.default: OpOverload = self.packet.default
         self.lowered: OpOverload = self.packet.lowered
         self.results = len(self.default._schema.returns)
+        self.wide = 1 << self.results  # the bit of `alive` that leaves the last result in FP32
         # Over lists of tensors: as many results as weights, so no single pattern finds it and its pass matches by hand.
         self.variadic = str(self.default._schema.returns[0].type) == "List[Tensor]"
 
@@ -168,33 +169,52 @@ class Op:
         return next(launch for limit, launch in launches if message <= limit)(*args, alive=alive)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
-        own, name, living = self._own(args, kernel, alive)
+        own, name, living, wide = self._own(args, kernel, alive)
         if name.startswith(check.PREFIX):
             return check.checked(self, own, name, living)
+        if wide:
+            return self._reference_alive(*own, alive=living, wide=True)
         return self.launcher(name)(*own, alive=living)
 
-    def _reference_alive(self, *args: Any, alive: tuple[bool, ...]) -> Any:
-        """The body as a kernel.  A composite with a norm runs in FP32 and rounds its results at the end: Inductor's loops over
-        the unfused chain keep FP32 between its steps too, and a fused site must not be less exact than they are."""
-        if self.leaf_fake is not None or self.variadic or "eps" not in self.params or not any(map(_is_low, args)):
+    @property
+    def in_f32(self) -> bool:
+        """Whether the reference kernel runs the body in FP32 and rounds its results at the end.  Inductor's loops over the
+        unfused chain keep FP32 between its steps too, and a fused site must not be less exact than they are."""
+        return self.leaf_fake is None and not self.variadic and "eps" in self.params
+
+    def _reference_alive(self, *args: Any, alive: tuple[bool, ...], wide: bool = False) -> Any:
+        """The body as a kernel.  wide: the last result, the next residual, is not rounded."""
+        if not self.in_f32 or not any(map(_is_low, args)):
             return _keep(self.reference(*args), alive)
         out = self.reference(*(a.float() if _is_low(a) else a for a in args))
-        like = self.fake(*args)
+        like = self._fake_of_lowered(args, wide)
         if self.results == 1:
             return out.to(like.dtype)
         return _keep(tuple(o.to(e.dtype) for o, e in zip(out, like, strict=True)), alive)
 
     def _lowered_fake(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
-        own, _, living = self._own(args, kernel, alive)
-        return _keep(self.fake(*own), living)
+        own, _, living, wide = self._own(args, kernel, alive)
+        return _keep(self._fake_of_lowered(own, wide), living)
+
+    def _fake_of_lowered(self, args: Sequence[Any], wide: bool) -> Any:
+        """`fake` as if every row argument had the first one's dtype (a residual may come in FP32); the last result in FP32 where
+        it is `wide`."""
+        bound = dict(zip(self.params, args, strict=True))
+        first = bound[self.row_args[0]]
+        for name in self.row_args[1:]:
+            if self.in_f32 and isinstance(bound[name], Tensor) and bound[name].dtype != first.dtype:
+                bound[name] = torch.empty_like(bound[name], dtype=first.dtype)
+        out = self.fake(*bound.values())
+        return (*out[:-1], torch.empty_like(out[-1], dtype=torch.float32)) if wide else out
 
     def _own(
         self, args: tuple[Any, ...], kernel: str | None, alive: int | None
-    ) -> tuple[tuple[Any, ...], str, tuple[bool, ...]]:
-        """(the operator's arguments, the kernel's name, which results live) of a call of the lowered overload."""
+    ) -> tuple[tuple[Any, ...], str, tuple[bool, ...], bool]:
+        """(the operator's arguments, the kernel's name, which results live, whether the last one is wide) of a call of the
+        lowered overload."""
         given: list[Any] = [*args, *(v for v in (kernel, alive) if v is not None)]
         *own, name, mask = given[1:] if self.collective else given  # without the channel
-        return tuple(own), name, tuple(bool(mask >> i & 1) for i in range(self.results))
+        return tuple(own), name, tuple(bool(mask >> i & 1) for i in range(self.results)), bool(mask & self.wide)
 
     def __repr__(self) -> str:
         return f"Op({self.name})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
 from tpfuse.lowering import cuda_kernels as _cuda  # noqa: F401
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
+from tpfuse.lowering import residuals
 from tpfuse.lowering import triton_kernels as _own  # noqa: F401
 from tpfuse.lowering.choice import choose
 from tpfuse.lowering.table import BUILT_IN, Entry, Table
@@ -53,14 +55,15 @@ def lower(
     # Once one collective is opaque to Inductor, all of them go through the channel, or it may swap them.
     fused = any(op.collective for _, op, _ in chosen) or any(map(_opaque, graph.nodes))
     channels: dict[torch.device, fx.Node] = {}
+    wide = residuals.takers((n, op) for n, op, kernel in chosen if kernel.name == "reference" and not verify)
     for node, op, kernel in chosen:
-        _final(graph, node, op, kernel.name, channels, verify)
+        _final(graph, node, op, kernel.name, channels, verify, wide)
     for node in list(graph.nodes):
         op = find(node.target)
         if op is None or node.target is not op.default:
             continue
         if (op.collective and fused) or _opaque(node):
-            _final(graph, node, op, "reference", channels, False)
+            _final(graph, node, op, "reference", channels)
         else:
             inline(graph, node, op)
     return events
@@ -125,13 +128,23 @@ def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> E
 
 
 def _final(
-    graph: fx.Graph, node: fx.Node, op: Op, kernel: str, channels: dict[torch.device, fx.Node], verify: bool
+    graph: fx.Graph,
+    node: fx.Node,
+    op: Op,
+    kernel: str,
+    channels: dict[torch.device, fx.Node],
+    verify: bool = False,
+    wide: AbstractSet[fx.Node] = frozenset(),
 ) -> None:
-    """Put the lowered form of `node` in its place."""
+    """Put the lowered form of `node` in its place.  wide: the sites that may exchange residuals in FP32."""
     args: list[Any] = list(op.bind(node.args, node.kwargs).values())
-    alive = 1
+    alive, last = 1, []
     if op.results > 1:
-        alive = sum(1 << i for i in {u.args[1] for u in node.users if u.target is operator.getitem and u.users})
+        items = [u for u in node.users if u.target is operator.getitem and u.users]
+        alive = sum(1 << i for i in {u.args[1] for u in items})
+        last = [u for u in items if u.args[1] == op.results - 1]
+    if node in wide and residuals.stays_wide(last, wide):
+        alive |= op.wide
     spec = f"verify@{site_of(node)}|{kernel}" if verify else kernel
     with graph.inserting_before(node):
         if op.collective:
@@ -141,6 +154,10 @@ def _final(
         graph.erase_node(user)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    if alive & op.wide:
+        for item in last:
+            dtype, item.meta["val"] = item.meta["val"].dtype, new.meta["val"][-1]
+            residuals.narrow_for_others(item, wide, dtype)
 
 
 def _channel(graph: fx.Graph, node: fx.Node, channels: dict[torch.device, fx.Node]) -> fx.Node:
