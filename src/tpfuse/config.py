@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 KERNEL_PREFERENCES = ("auto", "reference", "triton", "cuda", "torch", "flashinfer", "nccl")
@@ -76,6 +78,14 @@ class Config:
 
     def enabled(self, name: str) -> bool:
         return name not in self.disable_passes and (self.passes is None or name in self.passes)
+
+
+def table_path(machine: str) -> Path:
+    """Where the table of a machine ("2 x NVIDIA H100 80GB HBM3") is written and looked for: under `TPFUSE_CACHE`, else
+    `XDG_CACHE_HOME`/tpfuse, else ~/.cache/tpfuse."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("TPFUSE_CACHE") or Path(base) / "tpfuse")
+    return folder / "tables" / (re.sub(r"[^A-Za-z0-9]+", "-", machine).strip("-").lower() + ".json")
 
 
 def _known(kind: str, name: str, names: Any) -> None:

@@ -99,11 +99,11 @@ def test_a_document_is_written_a_row_a_line(tmp_path):
 
 def test_numbers_and_schemes_of_the_command_line():
     assert bench.numbers("1,8", ()) == [1, 8] and bench.numbers(None, (3,)) == [3]
-    assert bench.schemes("none,fp8_tensor") == ["", "fp8_tensor"]
+    assert bench.schemes("none,fp8_tensor", ()) == bench.schemes(None, ["none", "fp8_tensor"]) == ["", "fp8_tensor"]
     with pytest.raises(BadInput, match="separated by commas"):
         bench.numbers("1,0", ())
     with pytest.raises(BadInput, match="did you mean 'fp8_tensor'"):
-        bench.schemes("fp8_tensr")
+        bench.schemes("fp8_tensr", ())
 
 
 def test_the_table_names_its_baseline(capsys):

@@ -100,6 +100,7 @@ def collectives(
     scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.bfloat16,
     residual: Annotated[bool, typer.Option(help="Whether a residual is added.")] = True,
+    sharded: Annotated[bool, typer.Option("--sharded", help="The form around a residual that is sharded by rows.")] = False,
     trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
     baseline: Annotated[str, typer.Option(help="The implementation that speed-ups are relative to.")] = "nccl+inductor",
     eager: Annotated[bool, typer.Option("--eager", help="Also the norm without a compiler.")] = False,
@@ -115,7 +116,7 @@ def collectives(
 
     command.collectives(
         _console(), world, command.numbers(tokens, command.TOKENS), command.numbers(hidden, command.HIDDEN),
-        command.schemes(scheme), dtype.value, residual, trials, baseline, eager,
+        command.schemes(scheme, command.SCHEMES), dtype.value, residual, sharded, trials, baseline, eager,
         Table.load(table) if table else BUILT_IN, limit_s, json, plot, commit,
     )  # fmt: skip
 
@@ -140,6 +141,34 @@ def e2e(
     command.e2e(
         _console(), world, shape.split(","), numbers(decode, ()), numbers(prefill, ()), layers, cached, trials, table, json,
         commit,
+    )  # fmt: skip
+
+
+@app.command()
+def tune(
+    tp: Annotated[int, typer.Option("--tp", "--world", min=2, help="Ranks, a GPU each.")] = 2,
+    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
+    hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
+    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.bfloat16,
+    residual: Annotated[
+        bool, typer.Option("--residual/--both", help="Norms with a residual alone, or also those without.")
+    ] = True,
+    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The table; default: where this machine's is found.")] = None,
+    samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything that was measured.")] = None,
+) -> None:
+    """Measure which kernel is fastest at which size on this machine, for lowering to pick by."""
+    from tpfuse.cli import bench as options
+    from tpfuse.cli import tune as command
+    from tpfuse.config import table_path
+    from tpfuse.runtime.detect import machine
+
+    command.run(
+        _console(), tp, options.numbers(tokens, command.TOKENS), options.numbers(hidden, command.HIDDEN),
+        options.schemes(scheme, command.SCHEMES), dtype.value, (True,) if residual else (True, False), trials, limit_s,
+        out or table_path(machine("cuda")), samples,
     )  # fmt: skip
 
 

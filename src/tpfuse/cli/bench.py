@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tpfuse.formats import Scheme
 from tpfuse.lowering.table import Table
 from tpfuse.measure import results
 from tpfuse.measure.points import Point, Sweep, grid
+from tpfuse.measure.sharded import ShardedPoint, implementations
 
 TOKENS = (1, 8, 32, 64, 96, 128, 200, 256, 512, 700, 1024, 1500, 2048)  # four of them off the grid that tune measures
 HIDDEN = (4096, 5120, 8192)
@@ -26,7 +27,8 @@ SCHEMES = ("none", "fp8_tensor", "fp8_group128")
 
 @dataclass(frozen=True)
 class Job:
-    """points: in order.  also: back ends measured beside our kernels, by name.  limit_s: when to begin no further point."""
+    """points: in order.  limit_s: when to begin no further point.  extra: what else belongs at the top of the result file.
+    json: where rank 0 writes it, anew after each point, so that a run that is cut off leaves what it had."""
 
     points: tuple[Point, ...]
     world: int
@@ -34,27 +36,30 @@ class Job:
     eager: bool
     table: Table
     limit_s: float | None
+    extra: Mapping[str, Any]
+    json: Path | None
 
 
 def collectives(
     console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
-    residual: bool, trials: int, baseline: str, eager: bool, table: Table, limit_s: float | None, json: Path | None,
-    plot: Path | None, commit: str | None,
+    residual: bool, sharded: bool, trials: int, baseline: str, eager: bool, table: Table, limit_s: float | None,
+    json: Path | None, plot: Path | None, commit: str | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse bench collectives --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
-    points = grid(schemes, hidden, tokens, dtype, residual)
-    job = Job(tuple(points), world, trials, eager, table, limit_s)
-    found = run_ranks(work, place, world, job)
-    if place is not None and place.rank:
-        return
+    points: list[Point] = grid(schemes, hidden, tokens, dtype, residual)
+    if sharded:
+        points = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points]
+        if odd := [n for n in tokens if n % world]:
+            raise BadInput(f"--sharded is measured at multiples of {world} tokens, not at {odd}")
     extra = {
         "world": world, "commit": commit or results.commit(), "table": table.digest if table.entries else None,
-        "baseline": baseline, **found["extra"],
+        "baseline": baseline,
     }  # fmt: skip
-    document = results.document("collectives", found["rows"], **extra)
-    if json:
-        results.write(json, document)
+    job = Job(tuple(points), world, trials, eager, table, limit_s, extra, json)
+    document = run_ranks(work, place, world, job)
+    if place is not None and place.rank:
+        return
     show(console, document)
     if plot:
         from tpfuse.cli.plots import save
@@ -73,9 +78,9 @@ def numbers(text: str | None, default: Sequence[int]) -> list[int]:
     return [int(word) for word in words]
 
 
-def schemes(text: str | None) -> list[str]:
+def schemes(text: str | None, default: Sequence[str]) -> list[str]:
     """"none,nvfp4" → ["", "nvfp4"].  BadInput naming the closest known scheme."""
-    names = text.split(",") if text else SCHEMES
+    names = text.split(",") if text else default
     try:
         return ["" if name == "none" else Scheme.parse(name).name for name in names]
     except ValueError as error:
@@ -101,28 +106,39 @@ def run_ranks(job_of_a_rank: Any, place: Place | None, world: int, *args: Any) -
 
 
 def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
-    """One rank: → {"rows", "extra"}, the same on all."""
+    """One rank: → the result file's contents, the same on all."""
     from tpfuse.measure.collectives import picked_impl
     from tpfuse.measure.ranks import Ranks
 
     ranks = Ranks.join(place, job.points, job.eager)
+    timer = ranks.timer(job.trials)
+    rows = ranks.empty_kernel(timer)
 
-    def tell(point: Point, rows: list[dict[str, Any]]) -> None:
-        progress(line(rows), 0, 0)
+    def document() -> dict[str, Any]:
+        return results.document("collectives", rows, **job.extra, **machine, notes=ranks.notes)
+
+    def tell(point: Point, found: list[dict[str, Any]]) -> None:
+        rows.extend(found)
+        progress(line(found), 0, 0)
         if place.rank == 0:
-            print(line(rows), flush=True)
+            print(line(found), flush=True)
+            if job.json:
+                results.write(job.json, document())
 
     def picked(point: Point) -> str | None:
+        if isinstance(point, ShardedPoint):
+            return "tpfuse:cuda:sharded"  # the one kernel of these operators
         return picked_impl(point, ranks.target, job.table)
 
     def build(point: Point) -> Any:
+        if isinstance(point, ShardedPoint):
+            return implementations(ranks.built, point)
         return {**ranks.built.ours(point, picked(point)), **ranks.built.peers(point)}
 
-    timer = ranks.timer(job.trials)
-    sweep = Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell)
-    rows = [*ranks.empty_kernel(timer), *sweep.run(job.points, picked)]
+    machine = results.environment()
+    Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell).run(job.points, picked)
     ranks.leave()
-    return {"rows": rows, "extra": {**results.environment(), "notes": ranks.notes}}
+    return document()
 
 
 def line(rows: Sequence[dict[str, Any]]) -> str:

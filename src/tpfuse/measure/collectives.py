@@ -23,6 +23,7 @@ from tpfuse.target import Target
 
 EARLY = 16  # tokens up to which users let FlashInfer complete early
 UNFUSED = "nccl+inductor"
+EVERY = slice(None)
 OWN = ("triton", "cuda")  # back ends whose kernels are tpfuse's
 
 
@@ -34,6 +35,7 @@ class Collectives:
         self.largest = (max_tokens, max_hidden)
         self.prepared: set[str] = set()
         self.compiled: tuple[Any, Any, Any] = (None, None, None)
+        self.data: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
 
     def kernels(self, point: Point, wanted: Callable[[Kernel], bool] = lambda kernel: True) -> dict[str, Callable[[int], Any]]:
         """The operator's kernels that serve the point, by their names, but not the one that chooses when it is launched."""
@@ -43,15 +45,20 @@ class Collectives:
             usable = kernel.backend in self.target.backends and kernel.backend != "reference"
             if chooses(kernel) or not usable or not wanted(kernel) or kernel.supports(args, self.target) is not None:
                 continue
-            self._prepare(kernel.prepare)
+            self.prepare(kernel.prepare)
             found[kernel.name] = partial(_call, op.launcher(kernel.name), [args[p] for p in op.params], alive_of(point))
         return found
 
     def arguments(self, point: Point) -> dict[str, Any]:
-        """The operator's arguments by name, other rows on each rank."""
-        shape: dict[str, Any] = {"tokens": point.tokens, "hidden": point.hidden, "dtype": point.torch_dtype, "device": "cuda"}
+        """The operator's arguments by name, other rows on each rank.  Not to be written to."""
+        key = (point.hidden, point.torch_dtype)
+        if key not in self.data:  # the largest ones, of which every point takes the first rows
+            shape: dict[str, Any] = {"tokens": self.largest[0], "hidden": key[0], "dtype": key[1], "device": "cuda"}
+            made = rows(**shape, rank=self.group.rank()), rows(**{**shape, "seed": 9}), vector(**shape)
+            self.data = {key: made}
+        x, residual, weight = self.data[key]
         return {
-            "x": rows(**shape, rank=self.group.rank()), "residual": rows(**{**shape, "seed": 9}), "weight": vector(**shape),
+            "x": x[: point.tokens], "residual": residual[: point.tokens], "weight": weight,
             "bias": None, "alpha": 1.0, "eps": plain.EPS, "weight_bias": 0.0, "rounding": "cast_first",
             "scale": plain.scale_of(point.scheme) if point.scheme else None, "scheme": point.scheme, "layout": point.layout,
             "group": self.group.group_name,
@@ -59,7 +66,7 @@ class Collectives:
 
     def unfused(self, point: Point) -> Callable[[int], Any]:
         """NCCL, in place, then Inductor's kernel.  The sums grow from call to call, which costs no time."""
-        scratch, norm = self.arguments(point)["x"], self._norm(point)
+        scratch, norm = self.arguments(point)["x"].clone(), self.norm(point)
 
         def call(i: int) -> Any:
             dist.all_reduce(scratch, group=self.group)
@@ -71,7 +78,7 @@ class Collectives:
         """What others offer, by the names of result files."""
         found = {UNFUSED: self.unfused(point), **self._symmetric(point), **self._flashinfer(point)}
         if self.eager:
-            scratch, behind = self.arguments(point)["x"], self._behind(point)
+            scratch, behind = self.arguments(point)["x"].clone(), self._behind(point)
 
             def eager(i: int) -> Any:
                 dist.all_reduce(scratch, group=self.group)
@@ -87,8 +94,8 @@ class Collectives:
         return {next(iter(found)) + AGAIN: next(iter(found.values())), **found}
 
     def _symmetric(self, point: Point) -> dict[str, Callable[[int], Any]]:
-        self._prepare("tpfuse.kernels.torch_symm:prepare")
-        x, norm, name = self.arguments(point)["x"], self._norm(point), self.group.group_name
+        self.prepare("tpfuse.kernels.torch_symm:prepare")
+        x, norm, name = self.arguments(point)["x"], self.norm(point), self.group.group_name
         message: Tensor = load("tpfuse.kernels.torch_symm:message_of")(name, x)
         message.copy_(x)
 
@@ -107,13 +114,13 @@ class Collectives:
     def _flashinfer(self, point: Point) -> dict[str, Callable[[int], Any]]:
         """The fused kernel; schemes that it does not know get a kernel of Inductor's behind its norm."""
         args = self.arguments(point)
-        if not point.residual:
-            args["residual"].zero_()  # it knows no norm without a residual
+        if not point.residual:  # it knows no norm without one
+            args["residual"] = torch.zeros_like(args["residual"])
         known = peer_kernels.flashinfer_supports({k: args[k] for k in args if k != "scheme" or point.scheme}, self.target) is None
         unquantised = {k: v for k, v in args.items() if k not in ("scheme", "layout", "scale")}
         if not known and (not point.scheme or peer_kernels.flashinfer_supports(unquantised, self.target) is not None):
             return {}
-        self._prepare("tpfuse.kernels.flashinfer:prepare")
+        self.prepare("tpfuse.kernels.flashinfer:prepare")
         fuses = bool(point.scheme) and known
         make = load("tpfuse.kernels.calls:all_reduce_add_rms_norm" + ("_quantize" if fuses else ""))
         launch = load("tpfuse.kernels.flashinfer:launch")
@@ -134,14 +141,16 @@ class Collectives:
             ways["two_shot"] = {"whole": False}
         return {f"flashinfer_{name}{suffix}": partial(fn, **how) for name, how in ways.items()}
 
-    def _prepare(self, path: str) -> None:
+    def prepare(self, path: str) -> None:
+        """Run a kernel's prepare step, once."""
         if path and path not in self.prepared:
             load(path)(self.group, *self.largest)
             self.prepared.add(path)
 
-    def _norm(self, point: Point) -> Callable[[Tensor], Any]:
-        """Inductor's kernel for what stands behind the reduction."""
+    def norm(self, point: Point, rows: slice = EVERY) -> Callable[[Tensor], Any]:
+        """Inductor's kernel for what stands behind the reduction, of those rows."""
         residual, weight, scale = self._behind(point)
+        residual = None if residual is None else residual[rows]
         norm, _ = self._compiled(point)
 
         def call(reduced: Tensor) -> Any:

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from tpfuse.runtime.key import sources
 from tpfuse.shim import resolve_group
 from tpfuse.target import Target
 
@@ -30,7 +31,7 @@ def _detect(device: str, world: int) -> Target:
         return Target(device, world=world)
     major, minor = torch.cuda.get_device_capability()
     backends = {"reference", "nccl", "torch", "cuda"}
-    versions = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__), "kernels": sources("kernels")[:12]}
     for name, package in (("triton", "triton"), ("flashinfer", "flashinfer-python")):
         if importlib.util.find_spec(name) is not None:
             backends.add(name)

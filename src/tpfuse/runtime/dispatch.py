@@ -23,11 +23,11 @@ from tpfuse.ir.op import find, load, registry
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import plan_ranges
 from tpfuse.lowering.select import Targets, final_operators, lower, needs, schedule
-from tpfuse.lowering.table import BUILT_IN, Table
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
+from tpfuse.runtime.tables import table_of
 from tpfuse.target import UNBOUNDED, Range
 
 log = logging.getLogger("tpfuse")
@@ -77,10 +77,8 @@ class Dispatcher:
         self.targets = targets or functools.partial(detect, device)
         self.bindings = Bindings.of(self.placeholders)
         self.tokens = token_expression(gm.graph)
-        self.table = Table.load(config.table) if config.table else BUILT_IN
-        stale = self.table.stale(machine(device), self.targets(None).versions) if self.table.entries else None
-        if stale is not None:
-            report.shared.append(Event("declined", "table", reason=stale))
+        self.table, events = table_of(config, machine(device), self.targets(None).versions)
+        report.shared += events
         self.ranges = self._ranges()
         self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
         _dispatchers.add(self)

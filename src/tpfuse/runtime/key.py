@@ -19,8 +19,10 @@ def cache_key(config: Config, *more: object) -> str:
 
 
 @functools.cache
-def sources() -> str:
+def sources(folder: str = "") -> str:
+    """A digest of tpfuse's sources, or of those in one folder."""
     digest = hashlib.sha256()
-    for path in sorted(Path(tpfuse.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for path in sorted((Path(tpfuse.__file__).parent / folder).rglob("*")):
+        if path.suffix in (".py", ".cu", ".cuh"):
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,0 +1,24 @@
+"""Which table of measurements counts in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tpfuse.config import Config, table_path
+from tpfuse.lowering.table import BUILT_IN, Table
+from tpfuse.report import Event
+
+
+def table_of(config: Config, machine: str, versions: Mapping[str, str]) -> tuple[Table, list[Event]]:
+    """The table that the config names, else the one that `tpfuse tune` left for this machine, else the built-in one.
+
+    A table that was measured on another machine or with other versions is reported; one that nobody named is then not used.
+    """
+    path = config.table or (str(table_path(machine)) if table_path(machine).exists() else None)
+    if path is None:
+        return BUILT_IN, []
+    table = Table.load(path)
+    stale = table.stale(machine, versions)
+    if stale is None:
+        return table, []
+    return table if config.table else BUILT_IN, [Event("declined", "table", reason=stale)]
