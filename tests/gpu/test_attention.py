@@ -54,7 +54,7 @@ def check(args: dict[str, Any]) -> None:
     if scales.dtype == torch.float8_e4m3fn:
         assert torch.equal(scales.float() == 0, filled.float() == 0)
     elif scales.dtype == torch.int32:
-        bytes_ = [s.contiguous().view(torch.uint8) == 0 for s in (scales, filled)]
+        bytes_ = [s.contiguous().view(-1).view(torch.uint8) == 0 for s in (scales, filled)]
         assert torch.equal(*bytes_)
 
 
