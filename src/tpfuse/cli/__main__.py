@@ -162,13 +162,11 @@ def tune(
     """Measure which kernel is fastest at which size on this machine, for lowering to pick by."""
     from tpfuse.cli import bench as options
     from tpfuse.cli import tune as command
-    from tpfuse.config import table_path
-    from tpfuse.runtime.detect import machine
 
     command.run(
         _console(), tp, options.numbers(tokens, command.TOKENS), options.numbers(hidden, command.HIDDEN),
         options.schemes(scheme, command.SCHEMES), dtype.value, (True,) if residual else (True, False), trials, limit_s,
-        out or table_path(machine("cuda")), samples,
+        out, samples,
     )  # fmt: skip
 
 

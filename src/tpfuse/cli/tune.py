@@ -12,6 +12,7 @@ from rich.table import Table as Grid
 
 from tpfuse.cli.bench import line, need_gpus, run_ranks
 from tpfuse.cli.launch import Place, Progress
+from tpfuse.config import table_path
 from tpfuse.lowering.table import UNFUSED, Entry, Table
 from tpfuse.measure import results
 from tpfuse.measure.entries import entries
@@ -33,7 +34,7 @@ class Job:
 
 def run(
     console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
-    residuals: Sequence[bool], trials: int, limit_s: float | None, out: Path, samples: Path | None,
+    residuals: Sequence[bool], trials: int, limit_s: float | None, out: Path | None, samples: Path | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
@@ -41,6 +42,7 @@ def run(
     found = run_ranks(work, place, world, Job(tuple(points), trials, limit_s))
     if place is not None and place.rank:
         return
+    out = out or table_path(found["machine"])
     table = merged(Table.load(out) if out.exists() else None, found["machine"], found["versions"], found["rows"])
     out.parent.mkdir(parents=True, exist_ok=True)
     table.save(out)

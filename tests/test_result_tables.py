@@ -1,0 +1,79 @@
+"""The tables in the documents come from the committed result files, and say what those files say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools import tables
+
+
+def row(impl: str, us: float, tokens: int = 8, scheme: str = "", **others: Any) -> dict[str, Any]:
+    return {"op": "all_reduce_add_rms_norm", "scheme": scheme, "dtype": "bfloat16", "tokens": tokens, "hidden": 4096, "world": 2,
+            "impl": impl, "us": us, "limit_us": 2.0, "samples": [us], **others}  # fmt: skip
+
+
+def document(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "what": "collectives", "date": "2026-11-25", "commit": "abc", "machine": {"gpu": "H100", "count": 2, "link": "NV18"},
+        "versions": {"torch": "2.11.0", "python": "3.12"}, "table": "1a2b", "rows": list(rows),
+    }  # fmt: skip
+
+
+FILE = document(
+    {**row("empty_kernel", 1.0, 0), "op": "empty_kernel"},
+    row("tpfuse:one_shot (A/A)", 4.1), row("tpfuse:one_shot", 4.0), row("tpfuse:two_shot", 5.0, picked=True),
+    row("nccl+inductor", 10.0), row("flashinfer_one_shot_pdl", 6.0),
+    row("tpfuse:one_shot (A/A)", 8.2, 64), row("tpfuse:one_shot", 8.0, 64, picked=True), row("nccl+inductor", 7.9, 64),
+    row("nccl+inductor", 9.0, 512), row("nccl+inductor (A/A)", 9.1, 512),
+)  # fmt: skip
+
+
+def test_documents_are_up_to_date():
+    assert tables.main(check=True) == 0, "run python tools/tables.py"
+
+
+def test_a_point_is_what_lowering_picks_against_the_best_peer_there():
+    first, second = tables.points(FILE)  # at 512 tokens nothing of tpfuse was measured
+    assert (first.ours, first.us, first.peer, first.peer_us) == ("tpfuse:two_shot", 5.0, "flashinfer_one_shot_pdl", 6.0)
+    assert (first.speedup, first.limit_us, first.picked) == (1.2, 2.0, True)
+    assert first.noise == pytest.approx(0.025)
+    assert (second.peer, second.where["tokens"]) == ("nccl+inductor", 64)
+
+
+def test_a_pick_may_be_a_peer():
+    (point,) = tables.points(document(row("tpfuse:one_shot", 8.0), row("nccl+inductor", 7.0, picked=True)))
+    assert point.ours == point.peer == "nccl+inductor" and point.speedup == 1.0
+
+
+def test_the_summary():
+    text = tables.summary({"file.json": FILE})
+    assert "`file.json`: 2 × H100, NV18, 2026-11-25, commit abc, torch 2.11.0; picked by table 1a2b." in text
+    # sqrt(1.2 * 7.9 / 8): and 64 tokens are slower by less than the repetition differed.
+    assert "| all_reduce_add_rms_norm | – | 2 | 1.09× | 0.99× | 1.20× | none |" in text
+    slow = document(row("tpfuse:one_shot", 8.0), row("nccl+inductor", 7.0))
+    assert "| 1 | 0.88× | 0.88× | 0.88× | 1 |" in tables.summary({"file.json": slow})
+    assert "tpfuse's fastest at each point, not what lowering picks" in tables.summary({"file.json": slow})
+
+
+def test_the_details():
+    text = tables.details({"file.json": FILE})
+    assert "| tokens | tpfuse (µs) | by | best peer (µs) | which | speed-up | limit reached |" in text
+    assert "| 8 | 5.0 | two_shot | 6.0 | flashinfer_one_shot_pdl | 1.20× | 40% |" in text
+
+
+def test_files_that_nothing_may_be_quoted_from_are_left_out(tmp_path):
+    import json
+
+    for name, found in {"a": FILE, "b": {**FILE, "note": "pessimistic"}, "c": {**FILE, "what": "tune"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert list(tables.load(tmp_path)) == ["a.json"]
+    assert "recorded yet" in tables.summary({})
+
+
+def test_text_around_a_block_stays():
+    text = "a\n<!-- points:begin -->\nold\n<!-- points:end -->\nb\n"
+    assert tables.replaced(text, "new", "points") == "a\n<!-- points:begin -->\nnew\n<!-- points:end -->\nb\n"
+    with pytest.raises(ValueError, match="no markers"):
+        tables.replaced("a", "new", "points")

@@ -1,0 +1,168 @@
+"""Write the tables of README.md and docs/performance.md from the result files under benchmarks/results.
+
+    python tools/tables.py            # write them
+    python tools/tables.py --check    # exit 1 where they are not up to date
+
+A peer is whatever is not tpfuse's; the best one is chosen at each point anew.  tpfuse's time is that of the implementation that
+lowering picks by an earlier table, and of its fastest one only where a file marks none, which its heading then says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCKS = {"README.md": "summary", "docs/performance.md": "points"}
+WHAT = {"collectives", "local_kernels", "e2e", "gemm", "gemm_collectives"}  # what has peers at their best beside it
+BOUNDS = ("empty_kernel", "gemm_alone", "no_collective")  # no implementation of the operator
+MEASURED = ("impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error")
+AGAIN = " (A/A)"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operator at one size.  where: its scheme, sizes and the like.  noise: by how much a repetition differed, as a share."""
+
+    op: str
+    where: dict[str, Any]
+    ours: str
+    us: float
+    peer: str
+    peer_us: float
+    limit_us: float | None
+    noise: float
+    picked: bool
+
+    @property
+    def speedup(self) -> float:
+        return self.peer_us / self.us
+
+
+def points(document: Mapping[str, Any]) -> list[Point]:
+    """The points of a result file that tpfuse and a peer were both measured at."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        if row["impl"] not in BOUNDS:
+            groups.setdefault(json.dumps({k: v for k, v in row.items() if k not in MEASURED}), []).append(row)
+    found = []
+    for key, rows in groups.items():
+        where = json.loads(key)
+        times = {row["impl"]: row["us"] for row in rows}
+        again = [abs(us / times[impl.removesuffix(AGAIN)] - 1) for impl, us in times.items() if impl.endswith(AGAIN)]
+        own = [row for row in rows if row["impl"].startswith("tpfuse") and not row["impl"].endswith(AGAIN)]
+        peers = [row for row in rows if not row["impl"].startswith("tpfuse") and not row["impl"].endswith(AGAIN)]
+        marked = [row for row in rows if row.get("picked")]
+        if not (own or marked) or not peers:
+            continue
+        ours = marked[0] if marked else min(own, key=lambda row: row["us"])
+        peer = min(peers, key=lambda row: row["us"])
+        found.append(
+            Point(where.pop("op"), where, ours["impl"], ours["us"], peer["impl"], peer["us"], ours.get("limit_us"),
+                  max(again, default=0.0), bool(marked))
+        )  # fmt: skip
+    return found
+
+
+def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> str:
+    """Where, when and with what a file was measured."""
+    machine, versions = document["machine"], document["versions"]
+    link = f", {machine['link']}" if machine.get("link") else ""
+    told = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "triton", "flashinfer", "nccl"))
+    table = f"; picked by table {document['table']}" if document.get("table") else ""
+    unpicked = "" if all(p.picked for p in found) else "; tpfuse's fastest at each point, not what lowering picks"
+    machine_text = f"{machine['count']} × {machine['gpu']}{link}"
+    return f"`{name}`: {machine_text}, {document['date']}, commit {document['commit']}, {told}{table}{unpicked}."
+
+
+def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each operator and scheme of each file."""
+    parts = []
+    for name, document in documents.items():
+        found = points(document)
+        lines = [
+            "| operator | scheme | points | speed-up over the best peer: geometric mean | least | most | slower than it |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for (op, scheme), own in _grouped(found).items():
+            speedups = [p.speedup for p in own]
+            slower = sum(p.speedup * (1 + p.noise) < 1 for p in own)
+            mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
+            lines.append(
+                f"| {op} | {scheme or '–'} | {len(own)} | {mean:.2f}× | {min(speedups):.2f}× | {max(speedups):.2f}× "
+                f"| {slower or 'none'} |"
+            )
+        plot = f"\n\n![{document['what']}]({RESULTS.relative_to(ROOT)}/{name.removesuffix('.json')}.svg)"
+        has_plot = (RESULTS / name).with_suffix(".svg").exists()
+        parts.append("\n".join([heading(name, document, found), "", *lines]) + (plot if has_plot else ""))
+    told = '"Slower" counts points beyond the run\'s own A/A difference.  All points: [docs/performance.md](docs/performance.md).'
+    return "\n\n".join([*parts, told]) if parts else "No result with its peers has been recorded yet."
+
+
+def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every point of each file."""
+    parts = []
+    for name, document in documents.items():
+        found = points(document)
+        sizes = [k for k in dict.fromkeys(k for p in found for k in p.where) if len({str(p.where.get(k)) for p in found}) > 1]
+        columns = [k for k in sizes if k != "scheme"]
+        lines = [heading(name, document, found)]
+        for (op, scheme), own in _grouped(found).items():
+            lines += [
+                "", f"### {op}{f', {scheme}' if scheme else ''}", "",
+                "| " + " | ".join([*columns, "tpfuse (µs)", "by", "best peer (µs)", "which", "speed-up", "limit reached"]) + " |",
+                "|" + "---|" * (len(columns) + 6),
+            ]  # fmt: skip
+            for p in own:
+                reached = f"{p.limit_us / p.us:.0%}" if p.limit_us else "–"
+                cells = [*(str(p.where.get(k, "")) for k in columns), f"{p.us:.1f}", p.ours.removeprefix("tpfuse:"),
+                         f"{p.peer_us:.1f}", p.peer, f"{p.speedup:.2f}×", reached]  # fmt: skip
+                lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join([f"## {document['what']}", "", *lines]))
+    return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
+
+
+def _grouped(found: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in found:
+        groups.setdefault((point.op, point.where.get("scheme", "")), []).append(point)
+    return groups
+
+
+def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """The result files that tables are made of, by name.  A file with a `note` says itself why nothing may be quoted from it."""
+    read = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: d for name, d in read.items() if d.get("what") in WHAT and "note" not in d and points(d)}
+
+
+def replaced(text: str, block: str, what: str) -> str:
+    """`text` with `block` between its markers.  ValueError where it has none."""
+    begin, end = f"<!-- {what}:begin -->", f"<!-- {what}:end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"no markers {begin} and {end}")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main(check: bool) -> int:
+    documents, stale = load(), []
+    blocks = {"summary": summary(documents), "points": details(documents)}
+    for name, what in BLOCKS.items():
+        path = ROOT / name
+        text = replaced(path.read_text(), blocks[what], what)
+        if text != path.read_text():
+            stale.append(name)
+            if not check:
+                path.write_text(text)
+    print(f"{'not up to date' if check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))
