@@ -105,7 +105,7 @@ def compile_graph(
     kept = drop_opaque_inputs(gm, kwargs)
     _share(report, raise_graph(gm.graph))
     verify(gm.graph, "raise")
-    dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel)
+    dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel, follow=True)
     if len(kept) == len(inputs):
         return dispatcher
 

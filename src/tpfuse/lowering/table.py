@@ -74,14 +74,19 @@ class Table:
     @classmethod
     def load(cls, path: str | Path) -> Table:
         """Read a table.  ValueError naming the file where it is none."""
+        return cls.parse(Path(path).read_text(), str(path))
+
+    @classmethod
+    def parse(cls, text: str, name: str = "the text") -> Table:
+        """A table from what `to_json` gave.  ValueError, naming `name`, where it is none."""
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(text)
             entries = tuple(
                 Entry(**{**e, "steps": tuple((end, choice) for end, choice in e["steps"])}) for e in data["entries"]
             )
             return cls(data["machine"], data["versions"], entries)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no table of thresholds: {error}") from error
+            raise ValueError(f"{name} is no table of thresholds: {error}") from error
 
     def save(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n")

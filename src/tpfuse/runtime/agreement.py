@@ -17,6 +17,7 @@ from tpfuse.report import FusionError
 from tpfuse.shim import default_store, resolve_group
 
 _sequence: Counter[tuple[int, ...]] = Counter()
+_followed: Counter[tuple[int, ...]] = Counter()
 
 
 def group_ranks(group: str) -> tuple[int, ...]:
@@ -45,6 +46,21 @@ def fail(ranks: Sequence[int], error: BaseException) -> None:
     """Tell the ranks that wait in `agree` that this one will not come, and why."""
     store, me, key = _open(ranks)
     store.set(f"{key}/{me}", json.dumps([f"failed: {type(error).__name__}: {error}"]))
+
+
+def follow(ranks: Sequence[int], text: str, timeout: float) -> str:
+    """What the first of `ranks` calls with, on all of them.  FusionError where it does not come within `timeout` seconds."""
+    store, me, first = default_store(), dist.get_rank(), min(ranks)
+    key = f"tpfuse/follow/{','.join(map(str, ranks))}/{_followed[tuple(ranks)]}"
+    _followed[tuple(ranks)] += 1
+    if me == first:
+        store.set(key, text)
+        return text
+    try:
+        store.wait([key], timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise FusionError(f"rank {me} waited {timeout:.0f} s for the table of ranks [{first}]") from error
+    return store.get(key).decode()
 
 
 def compile_once(ranks: Sequence[int], text: str, compile: Callable[[], Any], timeout: float) -> Any:

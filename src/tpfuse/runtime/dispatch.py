@@ -27,7 +27,7 @@ from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
-from tpfuse.runtime.tables import table_of
+from tpfuse.runtime.tables import follow_first, table_of
 from tpfuse.target import UNBOUNDED, Range
 
 log = logging.getLogger("tpfuse")
@@ -68,7 +68,10 @@ class Dispatcher:
         report: Report,
         fuel: Callable[[], bool],
         targets: Targets | None = None,
+        follow: bool = False,
     ) -> None:
+        """targets: of another machine than this, to explain.  follow: all ranks of the graph's groups are here, and take the
+        table of the first of them."""
         self.fuel = fuel
         self.gm, self.kwargs, self.config, self.patches, self.report = gm, kwargs, config, patches, report
         self.number = next(_graphs)
@@ -79,6 +82,8 @@ class Dispatcher:
         self.tokens = token_expression(gm.graph)
         self.table, events = table_of(config, machine(device), self.targets(None).versions)
         report.shared += events
+        if follow and (config.table or device == "cuda"):
+            self.table = follow_first(self.table, {r for r in self._groups().values() if len(r) > 1}, config.timeout)
         self.ranges = self._ranges()
         self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
         _dispatchers.add(self)
@@ -128,10 +133,8 @@ class Dispatcher:
         if shim.is_capturing():
             raise FusionError(f"tokens {limits} were never run before this graph capture: call warmup() or run them once")
         start = time.perf_counter()
-        groups = sorted(
-            {op.bind(n.args)["group"] for n in self.gm.graph.nodes if (op := find(n.target)) and op.collective}
-        )
-        everyone = sorted({agreement.group_ranks(g) for g in groups})
+        groups = self._groups()
+        everyone = sorted(set(groups.values()))
         try:
             graph, result, plans = self.plan(limits)
             call, guards = self._build(graph, limits, values, everyone)
@@ -142,7 +145,7 @@ class Dispatcher:
         for group in groups:
             plan = [f"config {self.config}", f"table {self.table.digest}", f"ranges {[str(r) for r in self.ranges]}"]
             plan += [f"torch {torch.__version__}", *plans.get(group, [])]
-            agreement.agree(agreement.group_ranks(group), plan, self.config.timeout)
+            agreement.agree(groups[group], plan, self.config.timeout)
         for (prepare, group), need in needs(graph).items():
             load(prepare)(group, self._most_tokens(limits, values), need.hidden, sorted(need.dtypes, key=str))
         self.report.add(result)
@@ -153,6 +156,12 @@ class Dispatcher:
         compiled = Compiled(call, guards)
         self.compiled[limits].append(compiled)
         return compiled
+
+    def _groups(self) -> dict[str, tuple[int, ...]]:
+        """The ranks of each group that the raised graph has collectives of, by the group's name."""
+        called = [(n, op) for n in self.gm.graph.nodes if (op := find(n.target)) is not None and op.collective]
+        names = sorted({op.bind(n.args)["group"] for n, op in called})
+        return {name: agreement.group_ranks(name) for name in names}
 
     def _most_tokens(self, limits: Range, values: dict[Any, int]) -> int:
         """Tokens that a workspace is made for: the range's end, or today's count where it has none (calls with more go in

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tpfuse.config import Config, table_path
 from tpfuse.lowering.table import BUILT_IN, Table
 from tpfuse.report import Event
+from tpfuse.runtime import agreement
 
 
 def table_of(config: Config, machine: str, versions: Mapping[str, str]) -> tuple[Table, list[Event]]:
@@ -22,3 +23,13 @@ def table_of(config: Config, machine: str, versions: Mapping[str, str]) -> tuple
     if stale is None:
         return table, []
     return table if config.table else BUILT_IN, [Event("declined", "table", reason=stale)]
+
+
+def follow_first(table: Table, groups: Iterable[tuple[int, ...]], timeout: float) -> Table:
+    """The table of the first rank of each group, all of which this rank belongs to: hosts may have different files.
+
+    Ranks of several groups hand on what they took, so that all ranks of a graph end with the same one.  Collective.
+    """
+    for ranks in sorted(groups):
+        table = Table.parse(agreement.follow(ranks, table.to_json(), timeout))
+    return table
