@@ -40,6 +40,7 @@ class Collectives:
     def kernels(self, point: Point, wanted: Callable[[Kernel], bool] = lambda kernel: True) -> dict[str, Callable[[int], Any]]:
         """The operator's kernels that serve the point, by their names, but not the one that chooses when it is launched."""
         op, args = point.op, self.arguments(point)
+        args = {name: args[name] for name in op.params}
         found: dict[str, Callable[[int], Any]] = {}
         for kernel in op.kernels:
             usable = kernel.backend in self.target.backends and kernel.backend != "reference"
