@@ -81,10 +81,34 @@ def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> s
     return f"`{name}`: {machine_text}, {document['date']}, commit {document['commit']}, {told}{table}{unpicked}."
 
 
+def room(name: str, document: Mapping[str, Any]) -> str:
+    """Steps of a stack of layers: how much of what its collectives cost was won back."""
+    lines = [
+        heading(name, document, ()), "",
+        "| step | hidden | tokens | NCCL + Inductor (µs a layer) | tpfuse | FlashInfer's operator | no collectives "
+        "| room closed by tpfuse | by FlashInfer | A/A |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    steps: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in document["rows"]:
+        steps.setdefault((row["op"], row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
+    for where, times in steps.items():
+        plain, none = times["nccl+inductor"], times["no_collective"]
+        own, peer = times["tpfuse"], times.get("flashinfer_one_shot")
+        cells = [*map(str, where), *(f"{t:.0f}" if t else "–" for t in (plain, own, peer, none))]
+        cells += [f"{(plain - t) / (plain - none):.0%}" if t else "–" for t in (own, peer)]
+        cells.append(f"{abs(times['nccl+inductor' + AGAIN] - plain) / (plain - none):.0%}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each operator and scheme of each file."""
     parts = []
     for name, document in documents.items():
+        if document["what"] == "e2e":
+            parts.append(room(name, document))
+            continue
         found = points(document)
         lines = [
             "| operator | scheme | points | speed-up over the best peer: geometric mean | least | most | slower than it |",
@@ -109,6 +133,8 @@ def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Every point of each file."""
     parts = []
     for name, document in documents.items():
+        if document["what"] == "e2e":  # all of it is in the summary
+            continue
         found = points(document)
         sizes = [k for k in dict.fromkeys(k for p in found for k in p.where) if len({str(p.where.get(k)) for p in found}) > 1]
         columns = [k for k in sizes if k != "scheme"]

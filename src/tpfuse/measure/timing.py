@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tpfuse import shim
 
 WARM = 3  # replays that are not counted
-PAUSE = 150_000  # clock cycles: longer than it takes to enqueue what follows
+PAUSE = 600_000  # clock cycles: longer than it takes to enqueue what follows
 
 
 class Timer:
