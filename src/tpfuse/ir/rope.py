@@ -60,7 +60,8 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, how: Style) -> Tensor:
     if width != x.shape[-1]:
         y = torch.cat([y, x[..., width:]], -1)
     if how.heads_first:
-        return y.transpose(-3, -2).contiguous().transpose(-3, -2)
+        # Not contiguous(): it would keep whatever strides dimensions of one element have.
+        return y.transpose(-3, -2).clone(memory_format=torch.contiguous_format).transpose(-3, -2)
     return y.contiguous()
 
 
