@@ -76,6 +76,10 @@ class Config:
             _known("Config field", name, names)
         return cls(**values)
 
+    def lines(self) -> list[str]:
+        """A line for each field, for ranks to compare."""
+        return [f"config {field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+
     def enabled(self, name: str) -> bool:
         return name not in self.disable_passes and (self.passes is None or name in self.passes)
 

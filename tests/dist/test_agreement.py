@@ -45,7 +45,7 @@ def difference(rank: int, world: int, what: str) -> tuple[str, float]:
 
 
 DIFFERENCES = {
-    "config": ("disagree on line", "disable_passes"),
+    "config": ("has \"config disable_passes=('merge_all_reduce',)\"", "has 'config disable_passes=()'"),
     "epsilon": ("disagree on line", "eps=0.0001"),
     "dtype": ("disagree on line", "torch.bfloat16"),
     "model": ("disagree on line", "all_reduce_add_rms_norm"),

@@ -46,7 +46,7 @@ class Job:
     def lines(self) -> list[str]:
         """The job as text that the ranks compare; folders may differ, models may not."""
         known = {k: v for k, v in asdict(self).items() if k not in ("folder", "config")}
-        return [f"model {models.fingerprint(self.folder)}", *(f"{k} {v!r}" for k, v in known.items()), f"config {self.config}"]
+        return [f"model {models.fingerprint(self.folder)}", *(f"{k} {v!r}" for k, v in known.items()), *self.config.lines()]
 
 
 @dataclass

@@ -143,7 +143,7 @@ class Dispatcher:
                 agreement.fail(ranks, error)
             raise
         for group in groups:
-            plan = [f"config {self.config}", f"table {self.table.digest}", f"ranges {[str(r) for r in self.ranges]}"]
+            plan = [*self.config.lines(), f"table {self.table.digest}", f"ranges {[str(r) for r in self.ranges]}"]
             plan += [f"torch {torch.__version__}", *plans.get(group, [])]
             agreement.agree(groups[group], plan, self.config.timeout)
         for (prepare, group), need in needs(graph).items():
