@@ -178,7 +178,7 @@ def give_up(rank: int, world: int, folder: str, algorithm: str) -> str:
     module = {"one_shot": allreduce_norm.one_shot, "two_shot": two_shot.two_shot}[algorithm]
     x = rows(tokens=1, hidden=512, rank=rank)
     with pytest.raises(FusionError) as raised:
-        module(channel, calls.all_reduce_rms_norm(x, None, None, 1e-6, 0.0, "cast_first", "", alive=(True, True)))
+        module(channel, calls.NormCall("all_reduce_rms_norm", x, (False, False, True, True), None, 1e-6, 0.0, "cast_first"))
     return str(raised.value)
 
 

@@ -9,11 +9,11 @@ get the same bits.  For few tokens: each byte crosses the link once, and nobody 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tpfuse.report import FusionError
 
@@ -156,13 +156,11 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
     return outputs
 
 
-def _run(make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(one_shot(channel_of(call.group), call))
 
 
-all_reduce_rms_norm = partial(_run, calls.all_reduce_rms_norm)
-all_reduce_add_rms_norm = partial(_run, calls.all_reduce_add_rms_norm)
-all_reduce_rms_norm_quantize = partial(_run, calls.all_reduce_rms_norm_quantize)
-all_reduce_add_rms_norm_quantize = partial(_run, calls.all_reduce_add_rms_norm_quantize)
-all_reduce_rms_norm_add_rms_norm = partial(_run, calls.all_reduce_rms_norm_add_rms_norm)
+(
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
+    all_reduce_rms_norm_add_rms_norm,
+) = calls.operators(_run)  # fmt: skip

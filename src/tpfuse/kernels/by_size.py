@@ -5,9 +5,10 @@ Every rank has the same sizes, so every rank chooses alike.
 
 from __future__ import annotations
 
-from functools import partial
+from torch import Tensor
 
 from . import allreduce_norm, calls, cuda_norm, two_shot
+from .calls import NormCall
 from .plan import algorithm_of
 from .workspace import channel_of
 
@@ -16,15 +17,13 @@ _LAUNCH = {
 }  # fmt: skip
 
 
-def _run(make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(call: NormCall) -> tuple[Tensor, ...]:
     channel = channel_of(call.group)
     launch = _LAUNCH[algorithm_of(call.x.numel() * call.x.element_size(), channel.world)]
     return call.results(launch(channel, call))
 
 
-all_reduce_rms_norm = partial(_run, calls.all_reduce_rms_norm)
-all_reduce_add_rms_norm = partial(_run, calls.all_reduce_add_rms_norm)
-all_reduce_rms_norm_quantize = partial(_run, calls.all_reduce_rms_norm_quantize)
-all_reduce_add_rms_norm_quantize = partial(_run, calls.all_reduce_add_rms_norm_quantize)
-all_reduce_rms_norm_add_rms_norm = partial(_run, calls.all_reduce_rms_norm_add_rms_norm)
+(
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
+    all_reduce_rms_norm_add_rms_norm,
+) = calls.operators(_run)  # fmt: skip

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from tpfuse.formats import Layout, Scheme, quantize_fake
+from tpfuse.ir import registry
 from tpfuse.ir.norm import Rounding
 
 from .rows import DYNAMIC, NO_SCHEME, NVFP4, TENSOR
 
+ALL_REDUCES = (
+    "all_reduce_rms_norm", "all_reduce_add_rms_norm", "all_reduce_rms_norm_quantize", "all_reduce_add_rms_norm_quantize",
+    "all_reduce_rms_norm_add_rms_norm",
+)  # fmt: skip
 NO_QUANTISE: dict[str, Any] = {
     "SCHEME": NO_SCHEME.value, "GROUP": 1, "INVERT": False, "FLOOR": 0.0, "LOW": 0.0, "HIGH": math.inf, "POW2": False,
     "PACKED": False, "TILE": 1,
@@ -93,46 +99,25 @@ class NormCall:
         }  # fmt: skip
 
 
-def all_reduce_rms_norm(x, weight, bias, eps, weight_bias, rounding, group, *, alive) -> NormCall:
-    return NormCall(
-        "all_reduce_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group, bias=bias
-    )
+Call = TypeVar("Call", bound=NormCall)
 
 
-def all_reduce_add_rms_norm(
-    x, residual, weight, bias, alpha, eps, weight_bias, rounding, group, *, alive
-) -> NormCall:  # fmt: skip
-    return NormCall(
-        "all_reduce_add_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group,
-        residual=residual, bias=bias, alpha=alpha,
-    )  # fmt: skip
+def call_of(kind: type[Call], operator: str, args: Sequence[Any], alive: tuple[bool, ...], **more: Any) -> Call:
+    """The call of an operator with its arguments in order, whose fields have their names.  alive: of its own results."""
+    op = registry[operator]
+    given = {name: value for name, value in zip(op.params, args, strict=True) if name in kind.__dataclass_fields__}
+    if "scheme" not in given:
+        alive = (False, False, *alive)
+    return kind(operator, alive=alive, sandwich="weight2" in given, **given, **more)
 
 
-def all_reduce_rms_norm_quantize(
-    x, weight, bias, scale, eps, weight_bias, rounding, scheme, layout, group, *, alive
-) -> NormCall:  # fmt: skip
-    return NormCall(
-        "all_reduce_rms_norm_quantize", x, alive, weight, eps, weight_bias, rounding, group, bias=bias, scale=scale,
-        scheme=scheme, layout=layout,
-    )  # fmt: skip
+def operators(run: Callable[[NormCall], tuple[Tensor, ...]], names: Sequence[str] = ALL_REDUCES) -> list[Callable[..., Any]]:
+    """For each operator what the registry launches: its arguments by position and `alive` → its results."""
 
+    def launcher(name: str) -> Callable[..., Any]:
+        return lambda *args, alive: run(call_of(NormCall, name, args, alive))
 
-def all_reduce_add_rms_norm_quantize(
-    x, residual, weight, bias, scale, alpha, eps, weight_bias, rounding, scheme, layout, group, *, alive
-) -> NormCall:  # fmt: skip
-    return NormCall(
-        "all_reduce_add_rms_norm_quantize", x, alive, weight, eps, weight_bias, rounding, group, residual=residual,
-        bias=bias, alpha=alpha, scale=scale, scheme=scheme, layout=layout,
-    )  # fmt: skip
-
-
-def all_reduce_rms_norm_add_rms_norm(
-    x, residual, weight, weight2, eps, eps2, weight_bias, rounding, group, *, alive
-) -> NormCall:  # fmt: skip
-    return NormCall(
-        "all_reduce_rms_norm_add_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, group,
-        residual=residual, weight2=weight2, eps2=eps2, sandwich=True,
-    )  # fmt: skip
+    return [launcher(name) for name in names]
 
 
 def scheme_constants(scheme: str, layout: str, block: int) -> dict[str, Any]:

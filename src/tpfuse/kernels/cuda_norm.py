@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -122,13 +121,11 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
     return outputs
 
 
-def _run(make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(one_shot(channel_of(call.group), call))
 
 
-all_reduce_rms_norm = partial(_run, calls.all_reduce_rms_norm)
-all_reduce_add_rms_norm = partial(_run, calls.all_reduce_add_rms_norm)
-all_reduce_rms_norm_quantize = partial(_run, calls.all_reduce_rms_norm_quantize)
-all_reduce_add_rms_norm_quantize = partial(_run, calls.all_reduce_add_rms_norm_quantize)
-all_reduce_rms_norm_add_rms_norm = partial(_run, calls.all_reduce_rms_norm_add_rms_norm)
+(
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
+    all_reduce_rms_norm_add_rms_norm,
+) = calls.operators(_run)  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from tpfuse.formats import Scheme, quantize_fake
 from tpfuse.report import FusionError
 
 from . import calls
-from .calls import NormCall, rows_of
+from .calls import NormCall, call_of, rows_of
 from .channel import Channel
 from .cuda_norm import BlockPlan, inputs_of, kernel_of, pointer
 from .plan import ceil_div
@@ -95,53 +95,30 @@ def sharded(channel: Channel, call: ShardCall) -> ShardOutputs:
     return outputs
 
 
-def _call(op: str, names: str, args: tuple[Any, ...], alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """names: the operator's arguments in order.  → its tuple of results."""
-    given = dict(zip(names.split(), args, strict=True))
-    quantised, gather = "scheme" in given, op.endswith("_all_gather")
-    given.pop("padded")
-    given.pop("rows", None)
-    own = alive[-2:]
-    call = ShardCall(
-        op, alive=(quantised and alive[0], quantised and alive[1], *own) if quantised or gather else (False, False, *alive),
-        gather=gather and any(alive[:-2]), all_rows=gather and not quantised and alive[0], sandwich="weight2" in given, **given,
-    )  # fmt: skip
-    out = sharded(channel_of(call.group), call)
-    if quantised:
-        return out.q, out.scales, out.own_norm, out.reduced
-    return (out.norm, out.own_norm, out.reduced) if gather else (out.own_norm, out.reduced)
+def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """What the registry launches."""
+    quantised, gather = "_quantize" in name, name.endswith("_all_gather")
 
-
-def _operator(op: str, names: str) -> partial[tuple[Tensor, ...]]:
     def run(*args: Any, alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
-        return _call(op, names, args, alive)
+        if gather and not quantised:  # (norm of all rows, own norm, h)
+            call = call_of(ShardCall, name, args, alive[1:], gather=alive[0], all_rows=alive[0])
+        else:
+            call = call_of(ShardCall, name, args, alive, gather=gather and any(alive[:2]))
+        out = sharded(channel_of(call.group), call)
+        if quantised:
+            return out.q, out.scales, out.own_norm, out.reduced
+        return (out.norm, out.own_norm, out.reduced) if gather else (out.own_norm, out.reduced)
 
-    return partial(run)
+    return run
 
 
-_NORM, _QUANT = "eps weight_bias rounding", "scheme layout"
-reduce_scatter_rms_norm = _operator("reduce_scatter_rms_norm", f"x weight bias {_NORM} padded group")
-reduce_scatter_add_rms_norm = _operator("reduce_scatter_add_rms_norm", f"x residual weight bias alpha {_NORM} padded group")
-reduce_scatter_rms_norm_add_rms_norm = _operator(
-    "reduce_scatter_rms_norm_add_rms_norm", "x residual weight weight2 eps eps2 weight_bias rounding padded group"
-)
-reduce_scatter_rms_norm_quantize = _operator(
-    "reduce_scatter_rms_norm_quantize", f"x weight bias scale {_NORM} {_QUANT} padded group"
-)
-reduce_scatter_add_rms_norm_quantize = _operator(
-    "reduce_scatter_add_rms_norm_quantize", f"x residual weight bias scale alpha {_NORM} {_QUANT} padded group"
-)
-reduce_scatter_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_all_gather", f"x weight bias {_NORM} padded rows group")
-reduce_scatter_add_rms_norm_all_gather = _operator(
-    "reduce_scatter_add_rms_norm_all_gather", f"x residual weight bias alpha {_NORM} padded rows group"
-)
-reduce_scatter_rms_norm_add_rms_norm_all_gather = _operator(
-    "reduce_scatter_rms_norm_add_rms_norm_all_gather",
-    "x residual weight weight2 eps eps2 weight_bias rounding padded rows group",
-)
-reduce_scatter_rms_norm_quantize_all_gather = _operator(
-    "reduce_scatter_rms_norm_quantize_all_gather", f"x weight bias scale {_NORM} {_QUANT} padded rows group"
-)
-reduce_scatter_add_rms_norm_quantize_all_gather = _operator(
-    "reduce_scatter_add_rms_norm_quantize_all_gather", f"x residual weight bias scale alpha {_NORM} {_QUANT} padded rows group"
-)
+reduce_scatter_rms_norm = _operator("reduce_scatter_rms_norm")
+reduce_scatter_add_rms_norm = _operator("reduce_scatter_add_rms_norm")
+reduce_scatter_rms_norm_add_rms_norm = _operator("reduce_scatter_rms_norm_add_rms_norm")
+reduce_scatter_rms_norm_quantize = _operator("reduce_scatter_rms_norm_quantize")
+reduce_scatter_add_rms_norm_quantize = _operator("reduce_scatter_add_rms_norm_quantize")
+reduce_scatter_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_all_gather")
+reduce_scatter_add_rms_norm_all_gather = _operator("reduce_scatter_add_rms_norm_all_gather")
+reduce_scatter_rms_norm_add_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_add_rms_norm_all_gather")
+reduce_scatter_rms_norm_quantize_all_gather = _operator("reduce_scatter_rms_norm_quantize_all_gather")
+reduce_scatter_add_rms_norm_quantize_all_gather = _operator("reduce_scatter_add_rms_norm_quantize_all_gather")

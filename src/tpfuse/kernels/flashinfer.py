@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
@@ -123,10 +123,8 @@ def pattern_of(call: NormCall) -> int:
     return both if call.alive[2] else plain
 
 
-def _run(make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(launch(call))
 
 
-all_reduce_add_rms_norm = partial(_run, calls.all_reduce_add_rms_norm)
-all_reduce_add_rms_norm_quantize = partial(_run, calls.all_reduce_add_rms_norm_quantize)
+_, all_reduce_add_rms_norm, _, all_reduce_add_rms_norm_quantize, _ = calls.operators(_run)

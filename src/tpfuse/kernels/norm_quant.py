@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpfuse.formats import quantize_fake
 
-from .calls import NO_QUANTISE, NormCall, quantised_views, rows_of, scale_strides, scheme_constants
+from .calls import NO_QUANTISE, NormCall, call_of, quantised_views, rows_of, scale_strides, scheme_constants
 from .plan import RowPlan, ceil_div
 from .rows import (
     NVFP4,
@@ -129,33 +129,24 @@ def _options(warps: int, asm: bool) -> dict[str, Any]:
     return {"num_warps": warps, "launch_pdl": True} if asm else {}
 
 
-def rms_norm(x, weight, eps, weight_bias, rounding, *, alive=(True,)) -> Tensor:
-    return norm_quantise(NormCall("rms_norm", x, (False, False, True, False), weight, eps, weight_bias, rounding))[2]
+def _local(name: str, args: tuple[Any, ...], alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    return norm_quantise(call_of(NormCall, name, args, alive))
 
 
-def add_rms_norm(x, residual, weight, eps, weight_bias, rounding, *, alive) -> tuple[Tensor, ...]:
-    call = NormCall("add_rms_norm", x, (False, False, *alive), weight, eps, weight_bias, rounding, residual=residual)
-    return norm_quantise(call)[2:]
+def rms_norm(*args: Any, alive: tuple[bool] = (True,)) -> Tensor:
+    return _local("rms_norm", args, (*alive, False))[2]
 
 
-def rms_norm_quantize(
-    x, weight, scale, eps, weight_bias, rounding, scheme, layout, *, alive
-) -> tuple[Tensor, ...]:  # fmt: skip
-    call = NormCall(
-        "rms_norm_quantize", x, (*alive, False), weight, eps, weight_bias, rounding, scale=scale, scheme=scheme,
-        layout=layout,
-    )  # fmt: skip
-    return norm_quantise(call)[:3]
+def add_rms_norm(*args: Any, alive: tuple[bool, bool]) -> tuple[Tensor, ...]:
+    return _local("add_rms_norm", args, alive)[2:]
 
 
-def add_rms_norm_quantize(
-    x, residual, weight, scale, eps, weight_bias, rounding, scheme, layout, *, alive
-) -> tuple[Tensor, ...]:  # fmt: skip
-    call = NormCall(
-        "add_rms_norm_quantize", x, alive, weight, eps, weight_bias, rounding, residual=residual, scale=scale,
-        scheme=scheme, layout=layout,
-    )  # fmt: skip
-    return norm_quantise(call)
+def rms_norm_quantize(*args: Any, alive: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+    return _local("rms_norm_quantize", args, (*alive, False))[:3]
+
+
+def add_rms_norm_quantize(*args: Any, alive: tuple[bool, bool, bool, bool]) -> tuple[Tensor, ...]:
+    return _local("add_rms_norm_quantize", args, alive)
 
 
 def act_and_mul(gate, up, act, *, alive=(True,)) -> Tensor:

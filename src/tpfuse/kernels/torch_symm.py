@@ -17,7 +17,7 @@ from tpfuse import shim
 from tpfuse.report import FusionError
 
 from . import calls
-from .calls import rows_of
+from .calls import NormCall, rows_of
 from .reduced import norm_of
 
 MAX_BYTES = 256 << 20  # of a buffer: longer calls go in several launches
@@ -73,18 +73,17 @@ def _buffer(group: str) -> Tensor:
     return _buffers[group][-1][0]
 
 
-def _run(algorithm, make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(algorithm, call: NormCall) -> tuple[Tensor, ...]:
     x = rows_of(call.x)
     reduced = all_reduce(algorithm, x, call.group) if x.numel() else x
     return norm_of(call, reduced.view(call.x.shape))
 
 
-one_shot_all_reduce_rms_norm = partial(_run, one_shot, calls.all_reduce_rms_norm)
-one_shot_all_reduce_add_rms_norm = partial(_run, one_shot, calls.all_reduce_add_rms_norm)
-one_shot_all_reduce_rms_norm_quantize = partial(_run, one_shot, calls.all_reduce_rms_norm_quantize)
-one_shot_all_reduce_add_rms_norm_quantize = partial(_run, one_shot, calls.all_reduce_add_rms_norm_quantize)
-two_shot_all_reduce_rms_norm = partial(_run, two_shot, calls.all_reduce_rms_norm)
-two_shot_all_reduce_add_rms_norm = partial(_run, two_shot, calls.all_reduce_add_rms_norm)
-two_shot_all_reduce_rms_norm_quantize = partial(_run, two_shot, calls.all_reduce_rms_norm_quantize)
-two_shot_all_reduce_add_rms_norm_quantize = partial(_run, two_shot, calls.all_reduce_add_rms_norm_quantize)
+(
+    one_shot_all_reduce_rms_norm, one_shot_all_reduce_add_rms_norm, one_shot_all_reduce_rms_norm_quantize,
+    one_shot_all_reduce_add_rms_norm_quantize, _,
+) = calls.operators(partial(_run, one_shot))  # fmt: skip
+(
+    two_shot_all_reduce_rms_norm, two_shot_all_reduce_add_rms_norm, two_shot_all_reduce_rms_norm_quantize,
+    two_shot_all_reduce_add_rms_norm_quantize, _,
+) = calls.operators(partial(_run, two_shot))  # fmt: skip

@@ -7,11 +7,11 @@ same h.  Each link carries 2 (N - 1) / N of the message instead of the one-shot'
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tpfuse.report import FusionError
 
@@ -187,13 +187,11 @@ def two_shot(channel: Channel, call: NormCall) -> Outputs:
     return outputs
 
 
-def _run(make, *args, alive):
-    call = make(*args, alive=alive)
+def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(two_shot(channel_of(call.group), call))
 
 
-all_reduce_rms_norm = partial(_run, calls.all_reduce_rms_norm)
-all_reduce_add_rms_norm = partial(_run, calls.all_reduce_add_rms_norm)
-all_reduce_rms_norm_quantize = partial(_run, calls.all_reduce_rms_norm_quantize)
-all_reduce_add_rms_norm_quantize = partial(_run, calls.all_reduce_add_rms_norm_quantize)
-all_reduce_rms_norm_add_rms_norm = partial(_run, calls.all_reduce_rms_norm_add_rms_norm)
+(
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
+    all_reduce_rms_norm_add_rms_norm,
+) = calls.operators(_run)  # fmt: skip

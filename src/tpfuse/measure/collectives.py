@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpfuse import shim
-from tpfuse.ir.op import Kernel, load
+from tpfuse.ir.op import Kernel, load, registry
 from tpfuse.ir.samples import rows, vector
 from tpfuse.lowering import peer_kernels, select
 from tpfuse.lowering.ranges import plan_ranges
@@ -123,11 +123,10 @@ class Collectives:
             return {}
         self.prepare("tpfuse.kernels.flashinfer:prepare")
         fuses = bool(point.scheme) and known
-        make = load("tpfuse.kernels.calls:all_reduce_add_rms_norm" + ("_quantize" if fuses else ""))
-        launch = load("tpfuse.kernels.flashinfer:launch")
-        own = (*(["scale"] if fuses else []), "alpha", "eps", "weight_bias", "rounding", *(["scheme", "layout"] if fuses else []))
-        values = [args[k] for k in ("x", "residual", "weight", "bias", *own, "group")]
-        call = make(*values, alive=alive_of(point) if fuses else (True, True))
+        launch, call_of = load("tpfuse.kernels.flashinfer:launch"), load("tpfuse.kernels.calls:call_of")
+        name = "all_reduce_add_rms_norm" + "_quantize" * fuses
+        values = [args[p] for p in registry[name].params]
+        call = call_of(load("tpfuse.kernels.calls:NormCall"), name, values, alive_of(point) if fuses else (True, True))
         behind = self._quantise(point) if point.scheme and not fuses else None
         suffix = "+quantise" if behind else ""
 
