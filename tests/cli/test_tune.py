@@ -71,3 +71,22 @@ def test_ranks_need_gpus(cli, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     status, _, errors = cli("tune", "--tp", 2)
     assert status == 1 and "1 GPUs are visible" in errors
+
+
+def test_both_forms_of_a_residual_are_measured_where_asked(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    jobs = []
+
+    def measured(work: Any, world: int, job: tune.Job, **_: Any) -> list[dict[str, Any]]:
+        jobs.append(job)
+        where = {"op": "sequence_parallel", "scheme": "fp8_tensor", "dtype": "bfloat16", "world": 2, "hidden": 4096}
+        times = {8: {"on": 5.0, "off": 4.0, "on" + AGAIN: 5.0}, 512: {"on": 9.0, "off": 14.0, "on" + AGAIN: 9.05}}
+        both = [{**where, "tokens": n, "impl": impl, "us": us} for n, of in times.items() for impl, us in of.items()]
+        return [{"rows": [*rows(4096, 1, 8), *both], "machine": MACHINE, "versions": VERSIONS, "notes": []}] * world
+
+    monkeypatch.setattr("tpfuse.cli.bench.launch", measured)
+    options = ("--tokens", "1,8,512", "--hidden", 4096, "--scheme", "fp8_tensor", "--out", tmp_path / "table.json")
+    assert cli("tune", *options)[0] == cli("tune", "--sequence-parallel", *options)[0] == 0
+    assert [[p.tokens for p in job.sharded] for job in jobs] == [[], [8, 512]]  # one token is no multiple of two ranks
+    (found,) = [e for e in Table.load(tmp_path / "table.json").entries if e.op == "sequence_parallel"]
+    assert found == Entry("sequence_parallel", "bfloat16", 2, ((64 * 8192, "off"), (None, "on")), "fp8_tensor", 4096)

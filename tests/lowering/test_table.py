@@ -84,3 +84,19 @@ def test_json_is_what_the_docstring_shows():
         "op": "sequence_parallel", "dtype": "bfloat16", "world": 2, "scheme": "", "hidden": None,
         "steps": [[1 << 20, "off"], [None, "on"]],
     }  # fmt: skip
+
+
+def test_a_chain_is_judged_by_its_own_scheme_or_by_plain_rows():
+    fp8 = Entry("sequence_parallel", "bfloat16", 2, ((1 << 10, "off"), (None, "on")), "fp8_tensor")
+    table = Table("", {}, (SP, fp8))
+    size = 1 << 15
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096, "fp8_tensor") is None
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096).code == "threshold"
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096, "nvfp4").code == "threshold"
+
+
+def test_a_scheme_that_the_graph_does_not_hold_cuts_no_range():
+    fp8 = Entry("sequence_parallel", "bfloat16", 2, ((1 << 19, "off"), (None, "on")), "fp8_tensor")
+    site = [(torch.bfloat16, 2, 4096)]
+    assert Table("", {}, (SP, fp8)).thresholds(site, {""}) == [128]
+    assert Table("", {}, (SP, fp8)).thresholds(site, {"", "fp8_tensor"}) == Table("", {}, (SP, fp8)).thresholds(site) == [64, 128]

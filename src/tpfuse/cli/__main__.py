@@ -154,8 +154,11 @@ def tune(
     residual: Annotated[
         bool, typer.Option("--residual/--both", help="Norms with a residual alone, or also those without.")
     ] = True,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="Also from which size on residuals are better kept sharded.")
+    ] = False,
     trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins for each form.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The table; default: where this machine's is found.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything that was measured.")] = None,
 ) -> None:
@@ -165,8 +168,8 @@ def tune(
 
     command.run(
         _console(), tp, options.numbers(tokens, command.TOKENS), options.numbers(hidden, command.HIDDEN),
-        options.schemes(scheme, command.SCHEMES), dtype.value, (True,) if residual else (True, False), trials, limit_s,
-        out, samples,
+        options.schemes(scheme, command.SCHEMES), dtype.value, (True,) if residual else (True, False), sequence_parallel,
+        trials, limit_s, out, samples,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tpfuse.lowering.table import UNFUSED, Entry, Table
 from tpfuse.measure import results
 from tpfuse.measure.entries import entries
 from tpfuse.measure.points import AGAIN, Point, Sweep, grid
+from tpfuse.measure.sharded import ShardedPoint, forms, relabelled
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 HIDDEN = (4096, 5120, 8192)
@@ -25,21 +26,26 @@ SCHEMES = ("none", "fp8_tensor", "fp8_group128")
 
 @dataclass(frozen=True)
 class Job:
-    """points: in order, the token counts of an operator, scheme and width together.  limit_s: when to begin no further one."""
+    """points: in order, the token counts of an operator, scheme and width together.  sharded: those at which the form around a
+    sharded residual is compared with the fastest all-reduce.  limit_s: when to begin no further one."""
 
     points: tuple[Point, ...]
+    sharded: tuple[ShardedPoint, ...]
     trials: int
     limit_s: float | None
 
 
 def run(
     console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
-    residuals: Sequence[bool], trials: int, limit_s: float | None, out: Path | None, samples: Path | None,
+    residuals: Sequence[bool], sequence_parallel: bool, trials: int, limit_s: float | None, out: Path | None,
+    samples: Path | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
     points = [p for residual in residuals for p in grid(schemes, hidden, sorted(set(tokens)), dtype, residual)]
-    found = run_ranks(work, place, world, Job(tuple(points), trials, limit_s))
+    sharded = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points if p.residual and p.tokens % world == 0]
+    job = Job(tuple(points), tuple(sharded if sequence_parallel else ()), trials, limit_s)
+    found = run_ranks(work, place, world, job)
     if place is not None and place.rank:
         return
     out = out or table_path(found["machine"])
@@ -85,10 +91,14 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
             print(line(rows), flush=True)
 
     timer = ranks.timer(job.trials)
-    rows = Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell).run(job.points)
-    ranks.leave()
+    sweep = Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell)
+    rows = complete(sweep.run(job.points), job.points)
     versions = dict(detect("cuda", ranks.group.group_name).versions)
-    return {"rows": complete(rows, job.points), "machine": machine("cuda"), "versions": versions, "notes": ranks.notes}
+    fastest = Table(machine("cuda"), versions, tuple(entries(rows)))
+    both = replace(sweep, build=lambda point: forms(ranks.built, point, fastest))
+    rows += relabelled(complete(both.run(job.sharded), job.sharded))
+    ranks.leave()
+    return {"rows": rows, "machine": machine("cuda"), "versions": versions, "notes": ranks.notes}
 
 
 def complete(rows: Sequence[dict[str, Any]], points: Sequence[Point]) -> list[dict[str, Any]]:

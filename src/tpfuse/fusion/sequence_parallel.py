@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from tpfuse.formats import default_layout, scales_meta
+from tpfuse.formats import Scheme, default_layout, scales_meta
 from tpfuse.fusion.rows import REDUCTIONS, regroups, replicated, row_operands
 from tpfuse.fusion.shards import Shards
 from tpfuse.ir.collective import world_size
@@ -58,6 +58,13 @@ class Chain:
     @property
     def hidden(self) -> int:
         return int(tensor(self.sums[0]).shape[-1])
+
+    @property
+    def scheme(self) -> str:
+        """The scheme that the chain's norms are quantised with: its name where all of them share one, else ""."""
+        quantised = [n for n in self.nodes if is_call(n, registry["quantize"].default)]
+        names = {Scheme.parse(registry["quantize"].bind(n.args, n.kwargs)["scheme"]).name for n in quantised}
+        return names.pop() if len(names) == 1 else ""
 
     @property
     def row_bytes(self) -> int:

@@ -119,21 +119,30 @@ class Table:
 
         return min(same, key=distance, default=None)
 
-    def refuses(self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None) -> Decline | None:
-        """Why a pass should leave a site of `size` bytes alone: measured to be slower there, or never measured."""
-        entry = self.find(name, dtype, world, hidden=hidden)
+    def refuses(
+        self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None, scheme: str = ""
+    ) -> Decline | None:
+        """Why a pass should leave a site of `size` bytes alone: measured to be slower there, or never measured.
+
+        A scheme that was not measured is judged by rows that are not quantised, of which more bytes are gathered.
+        """
+        entry = self.find(name, dtype, world, scheme, hidden) or self.find(name, dtype, world, "", hidden)
         if entry is None:
             return Decline("unmeasured", f"no measurement says that {name} pays here: run tpfuse tune, or name the pass")
         if entry.choice(size) == "on":
             return None
         return Decline("threshold", f"measured slower at {size} bytes ({', '.join(_step(*s) for s in entry.steps)})")
 
-    def thresholds(self, sites: Iterable[tuple[Any, int, int]]) -> list[int]:
-        """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range."""
+    def thresholds(self, sites: Iterable[tuple[Any, int, int]], schemes: Iterable[str] | None = None) -> list[int]:
+        """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range.
+
+        schemes: those that occur in the graph ("" for none); None for all that were measured.
+        """
+        present = None if schemes is None else set(schemes)
         counts: set[int] = set()
         for dtype, world, hidden in sites:
             row = hidden * dtype.itemsize
-            fitting = {(e.op, e.scheme) for e in self.entries}
+            fitting = {(e.op, e.scheme) for e in self.entries if present is None or e.scheme in present}
             for entry in (self.find(op, dtype, world, scheme, hidden) for op, scheme in fitting):
                 for (end, choice), (_, following) in pairwise(entry.steps if entry else ()):
                     if end is not None and end >= row and (choice in IN_GRAPH or following in IN_GRAPH):

@@ -17,6 +17,7 @@ from torch import fx
 
 from tpfuse import shim
 from tpfuse.config import PASSES, Config
+from tpfuse.formats import Scheme
 from tpfuse.fusion import Policy, fuse
 from tpfuse.ir.collective import world_size
 from tpfuse.ir.op import find, load, registry
@@ -95,7 +96,13 @@ class Dispatcher:
             return [Range(self.tokens, self.tokens)]
         sums = [n for n in self.gm.graph.nodes if n.target is registry["all_reduce"].default]
         values = [(n.meta["val"], world_size(n.args[1])) for n in sums]
-        thresholds = self.table.thresholds((v.dtype, world, int(v.shape[-1])) for v, world in values)
+        quantize = registry["quantize"]
+        schemes = {
+            Scheme.parse(quantize.bind(n.args, n.kwargs)["scheme"]).name
+            for n in self.gm.graph.nodes if n.target is quantize.default
+        }  # fmt: skip
+        sites = [(v.dtype, world, int(v.shape[-1])) for v, world in values]
+        thresholds = self.table.thresholds(sites, {"", *schemes})
         return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens, thresholds)
 
     def __call__(self, args: list[Any]) -> Any:
@@ -206,7 +213,7 @@ class Dispatcher:
         if "sequence_parallel" in self._own(limits).get("passes", self.config.passes or ()):
             return lambda chain: None
         return lambda chain: self.table.refuses(
-            "sequence_parallel", chain.dtype, chain.world, chain.row_bytes * limits.start, chain.hidden
+            "sequence_parallel", chain.dtype, chain.world, chain.row_bytes * limits.start, chain.hidden, chain.scheme
         )
 
     def _build(
