@@ -29,6 +29,13 @@ class Dtype(enum.StrEnum):
     float16 = "float16"
 
 
+class LowDtype(enum.StrEnum):
+    """What collective kernels move."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder or a GGUF file.")]
 Ranks = Annotated[int | None, typer.Option("--tp", min=1, help="Ranks to shard over; under torchrun, the ranks it started.")]
 Set = Annotated[
@@ -98,7 +105,7 @@ def collectives(
     tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
     hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
     scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.bfloat16,
+    dtype: Annotated[LowDtype, typer.Option(help="Of the rows.")] = LowDtype.bfloat16,
     residual: Annotated[bool, typer.Option(help="Whether a residual is added.")] = True,
     sharded: Annotated[bool, typer.Option("--sharded", help="The form around a residual that is sharded by rows.")] = False,
     trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
@@ -150,7 +157,7 @@ def tune(
     tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
     hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
     scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the rows.")] = Dtype.bfloat16,
+    dtype: Annotated[LowDtype, typer.Option(help="Of the rows.")] = LowDtype.bfloat16,
     residual: Annotated[
         bool, typer.Option("--residual/--both", help="Norms with a residual alone, or also those without.")
     ] = True,
