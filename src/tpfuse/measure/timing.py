@@ -12,7 +12,10 @@ import torch.distributed as dist
 from tpfuse import shim
 
 WARM = 3  # replays that are not counted
-PAUSE = 600_000  # clock cycles: longer than it takes to enqueue what follows
+# Clock cycles.  The device waits before a round of replays, so that the host, and every rank's, is ahead of it by more than a host
+# is ever held up, and before each replay, so that it stays ahead.
+HEAD_START = 4_000_000
+PAUSE = 100_000
 
 
 class Timer:
@@ -41,26 +44,31 @@ class Timer:
         return graph
 
     def alternate(self, impls: Mapping[str, Callable[[int], Any]], calls: int) -> dict[str, list[float]]:
-        """Microseconds a call of each implementation, one sample a replay, the implementations taking turns."""
+        """Microseconds a call of each implementation, one sample a replay, the implementations taking turns.
+
+        A round, a replay of each, is enqueued as a whole: what the host does meanwhile costs no replay time.
+        """
         pool = torch.cuda.graph_pool_handle()  # graphs may overwrite one another's results
         graphs = {name: self.graph(fn, calls, pool) for name, fn in impls.items()}
         samples: dict[str, list[float]] = {name: [] for name in impls}
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in impls}
         for trial in range(self.trials + WARM):
+            shim.device_pause(HEAD_START)
             for name, graph in graphs.items():
+                start, end = events[name]
                 self.align()
                 start.record()
                 graph.replay()
                 end.record()
-                end.synchronize()
-                if trial >= WARM:
+            torch.cuda.synchronize()
+            if trial >= WARM:
+                for name, (start, end) in events.items():
                     samples[name].append(start.elapsed_time(end) * 1e3 / calls)
         return samples
 
 
 def in_step() -> Callable[[], None]:
-    """An `align` for the default process group over NCCL: the stream pauses until everything behind is enqueued, then the ranks
-    meet on the device."""
+    """An `align` for the default process group over NCCL: the stream pauses, then the ranks meet on the device."""
     token = torch.zeros(1, device="cuda")
 
     def align() -> None:
