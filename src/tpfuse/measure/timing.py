@@ -12,8 +12,8 @@ import torch.distributed as dist
 from tpfuse import shim
 
 WARM = 3  # replays that are not counted
-# Clock cycles.  The device waits before a round of replays, so that the host, and every rank's, is ahead of it by more than a host
-# is ever held up, and before each replay, so that it stays ahead.
+# Clock cycles.  The device waits before a round of replays, so that every rank's host is ahead of it by more than a host is ever
+# held up, and before each replay, so that it stays ahead.
 HEAD_START = 4_000_000
 PAUSE = 100_000
 
