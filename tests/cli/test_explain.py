@@ -1,7 +1,6 @@
 """`tpfuse explain`, and its page."""
 
 import json
-import shutil
 
 import pytest
 
@@ -12,10 +11,12 @@ from tpfuse.target import Range
 
 
 @pytest.mark.timeout(300)
-def test_explain_needs_only_the_configuration(llama, cli, tmp_path):
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_explain_needs_only_the_configuration(llama, cli, tmp_path, tied):
     folder = tmp_path / "bare"
     folder.mkdir()
-    shutil.copy(llama / "config.json", folder)
+    config = json.loads((llama / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
     status, out, errors = cli(
         "explain", folder, "--tp", 2, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -202,8 +203,11 @@ def build(config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> PreTrainedMo
     """Rank 0's shard without weights: tensors on the meta device.  The process group, real or fake, must be there."""
     from transformers import AutoModelForCausalLM
 
+    # A plan names the weights of embedding and head both; a model that is made whole has tied them to one already.
+    untied = copy.deepcopy(config)
+    untied.tie_word_embeddings = untied.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model: Any = AutoModelForCausalLM.from_config(untied, dtype=dtype).eval().requires_grad_(False)
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
