@@ -157,6 +157,7 @@ table { width: 100%; border-collapse: collapse; background: var(--box); border: 
 th, td { text-align: left; padding: 7px 12px; border-top: 1px solid var(--rule); vertical-align: top; overflow-wrap:
   anywhere }
 th { font-size: 12px; color: var(--soft); border-top: 0; white-space: nowrap }
+td:nth-child(-n + 5) { overflow-wrap: normal }
 .number { text-align: right }
 .badge { display: inline-block; border-radius: 20px; padding: 0 10px; margin-right: 6px; font-size: 12px; line-height:
   20px; white-space: nowrap; border: 1px solid currentColor }
