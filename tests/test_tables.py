@@ -36,3 +36,31 @@ def test_a_stale_one_counts_only_where_it_is_named(own):
     assert found == BUILT_IN and event.reason.code == "stale_table" and "kernels was old, is abc" in event.reason.detail
     found, (event,) = table_of(Config(table=str(own)), MACHINE, VERSIONS)
     assert found == table and event.reason.code == "stale_table"
+
+
+def test_direct_calls_take_the_kernel_that_was_measured(monkeypatch):
+    import functools
+
+    import torch
+
+    import tpfuse
+    from tpfuse.ir.op import Op
+    from tpfuse.target import Target
+
+    row = 4096 * 2
+    steps = ((8 * row, "triton:one_shot"), (64 * row, "cuda:one_shot"), (512 * row, "torch:two_shot"), (None, "unfused"))
+    table = Table(MACHINE, VERSIONS, (Entry("all_reduce_add_rms_norm", "bfloat16", 2, steps, "", 4096),))
+    target = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
+    monkeypatch.setattr("tpfuse.ops.detect", lambda device, group: target)
+    monkeypatch.setattr("tpfuse.ops.table_of_group", lambda device, group: table)
+    monkeypatch.setattr(Op, "launcher", lambda self, name: lambda *args, alive: name)
+    op = tpfuse.ir.registry["all_reduce_add_rms_norm"]
+    monkeypatch.setattr(op, "reference", functools.wraps(op.reference)(lambda *args: "the body"))
+
+    def call(tokens, **how):
+        x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
+        return tpfuse.ops.all_reduce_add_rms_norm(x, x, x[0], group="g", **how)
+
+    assert [call(n) for n in (1, 8, 9, 64, 513)] == ["triton:one_shot"] * 2 + ["cuda:one_shot"] * 2 + ["the body"]
+    assert call(65) == "triton"  # torch's buffer was not prepared: the built-in choice
+    assert call(65, kernels="torch") == "torch:two_shot" and call(513, kernels="triton") == "triton"

@@ -2,13 +2,16 @@
 
 Every operator of `tpfuse.ir` is an attribute here.  Arguments are those of its declaration; `group` is a ProcessGroup, a
 one-dimensional DeviceMesh or a group's name.  Under torch.compile the call becomes one operator of the graph, which tpfuse's
-backend lowers; eagerly a kernel is picked and launched at once.
+backend lowers; eagerly the one of tpfuse's own kernels that was measured to be fastest is launched at once (`kernels=` asks for
+others).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +21,12 @@ from torch import Tensor
 from tpfuse import ir
 from tpfuse.ir.op import Op
 from tpfuse.lowering.select import Pick, pick
-from tpfuse.report import FusionError
+from tpfuse.report import Decline, FusionError
 from tpfuse.runtime.detect import detect
+from tpfuse.runtime.tables import table_of_group
+from tpfuse.target import Range
+
+PEERS = frozenset({"torch", "nccl", "flashinfer"})
 
 
 def group_name(group: Any) -> str:
@@ -48,8 +55,15 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return op.default(*bound.values())
     device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
-    target = detect(device, bound.get("group"))
-    found = pick(op, bound, target, "reference" if op.fuse in (None, "always") and kernels == "auto" else kernels)
+    target, table = detect(device, bound.get("group")), table_of_group(device, bound.get("group"))
+    if kernels == "auto":  # `tpfuse.prepare` made nothing for other libraries' kernels
+        target = replace(target, backends=target.backends - PEERS)
+        kernels = "reference" if op.fuse in (None, "always") else kernels
+    rows = next(v for v in bound.values() if isinstance(v, Tensor))
+    tokens = max(1, math.prod(rows.shape[:-1]))
+    found = pick(op, bound, target, kernels, table, Range(tokens, tokens))
+    if isinstance(found, Decline) and found.code == "threshold":
+        return op.reference(*bound.values())
     if not isinstance(found, Pick):
         raise FusionError(f"{op.name}: {found}")
     return op.launcher(found.name)(*bound.values(), alive=(True,) * op.results)

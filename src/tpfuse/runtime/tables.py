@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 
 from tpfuse.config import Config, table_path
 from tpfuse.lowering.table import BUILT_IN, Table
 from tpfuse.report import Event
 from tpfuse.runtime import agreement
+from tpfuse.runtime.detect import detect, machine
+
+log = logging.getLogger("tpfuse")
 
 
 def table_of(config: Config, machine: str, versions: Mapping[str, str]) -> tuple[Table, list[Event]]:
@@ -33,3 +38,15 @@ def follow_first(table: Table, groups: Iterable[tuple[int, ...]], timeout: float
     for ranks in sorted(groups):
         table = Table.parse(agreement.follow(ranks, table.to_json(), timeout))
     return table
+
+
+@functools.cache
+def table_of_group(device: str, group: str | None) -> Table:
+    """The table for operators that are called directly, by the environment's settings.  Collective at a group's first call."""
+    if device != "cuda":
+        return BUILT_IN
+    config = Config.of(None)
+    table, events = table_of(config, machine(device), detect(device, group).versions)
+    for event in events:
+        log.warning("%s", event.reason)
+    return follow_first(table, [agreement.group_ranks(group)], config.timeout) if group else table
