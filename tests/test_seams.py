@@ -186,6 +186,23 @@ def test_no_less_exact_than_plain_inductor(tmp_path, monkeypatch):
     assert 0 < fused <= 1.1 * plain
 
 
+def test_declarations_are_part_of_the_cache_key(tmp_path, monkeypatch):
+    """The same graph with operators declared otherwise (a channel that is not mutated, say) is compiled again."""
+    from torch._dynamo.utils import counters
+
+    from tpfuse.runtime import dispatch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = []
+    for declarations in ("a", "a", "b"):
+        torch._dynamo.reset()
+        counters.clear()
+        monkeypatch.setattr(dispatch, "sources", lambda folder, text=declarations: text)
+        tpfuse.compile(Stack(HIDDEN, layers=1), fullgraph=True)(rows())
+        found.append((counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]))
+    assert found == [(0, 1), (1, 0), (0, 1)]
+
+
 def test_events_are_logged(caplog):
     """Those of a range and those of the raised graph, a layer norm among them."""
     model = torch.nn.Sequential(Stack(HIDDEN, layers=1), torch.nn.LayerNorm(HIDDEN))

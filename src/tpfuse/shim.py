@@ -144,6 +144,13 @@ def tracing_under(mode: FakeTensorMode) -> AbstractContextManager[Any]:
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 
 
+def cache_tag(tag: str) -> AbstractContextManager[Any]:
+    """Inside, Inductor's cache keys hold `tag` beside the user's own."""
+    import torch.compiler.config as compiler_config
+
+    return compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}{tag}")  # type: ignore[attr-defined]
+
+
 def inductor_patch(patches: dict[str, Any]) -> AbstractContextManager[Any]:
     import torch._inductor.config as inductor_config
 

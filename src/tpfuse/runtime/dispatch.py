@@ -27,6 +27,7 @@ from tpfuse.lowering.select import Targets, final_operators, lower, needs, sched
 from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
+from tpfuse.runtime.key import sources
 from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
 from tpfuse.runtime.tables import follow_first, table_of
 from tpfuse.target import UNBOUNDED, Range
@@ -225,7 +226,8 @@ class Dispatcher:
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
 
         def build() -> Callable[[list[Any]], Any]:
-            with shim.tracing_under(mode), shim.inductor_patch(patches):
+            # The graph names operators; how Inductor schedules them is in their declarations.
+            with shim.tracing_under(mode), shim.inductor_patch(patches), shim.cache_tag(sources("ir")):
                 return shim.compile_fx_inner(gm, inputs, **self.kwargs)
 
         if everyone and shim.fx_cache_on():
