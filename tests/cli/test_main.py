@@ -63,3 +63,22 @@ def test_doctor_sees_a_compiler_given_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     fact = next(f for f in doctor.examine() if f.name == "C++")
     assert (fact.usable, fact.detail) == (True, "my compiler 1.2")
+
+
+@pytest.mark.parametrize(("kernels", "usable"), [("new", True), ("old", False)])
+def test_doctor_judges_the_table_of_this_machine(monkeypatch, tmp_path, kernels, usable):
+    from tpfuse.config import table_path
+    from tpfuse.lowering.table import Entry, Table
+    from tpfuse.target import Target
+
+    monkeypatch.setenv("TPFUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(doctor, "machine", lambda device: "2 x GPU")
+    monkeypatch.setattr(doctor, "detect", lambda device, group: Target("cuda", versions={"kernels": "new"}))
+    (missing,) = doctor._table()
+    assert missing.usable is False and "run tpfuse tune" in missing.detail
+    path = table_path("2 x GPU")
+    path.parent.mkdir(parents=True)
+    Table("2 x GPU", {"kernels": kernels}, (Entry("op", "bfloat16", 2, ((None, "nccl"),)),)).save(path)
+    (fact,) = doctor._table()
+    assert fact.usable is usable and "1 entries" in fact.detail and ("kernels was old" in fact.detail) is not usable

@@ -17,7 +17,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from tpfuse.config import table_path
+from tpfuse.lowering.table import Table as Measured
 from tpfuse.raising import adapters
+from tpfuse.runtime.detect import detect, machine
 
 PACKAGES = (
     "tpfuse", "torch", "triton", "transformers", "accelerate", "safetensors", "gguf", "torchao", "flashinfer-python",
@@ -36,7 +39,7 @@ class Fact:
 
 def examine() -> list[Fact]:
     """What this machine has.  Changes nothing and starts nothing on a GPU."""
-    return [*_versions(), *_devices(), *_links(), *_compiler(), *_backends(), *_adapters()]
+    return [*_versions(), *_devices(), *_links(), *_compiler(), *_backends(), *_table(), *_adapters()]
 
 
 def show(console: Console, facts: list[Fact]) -> None:
@@ -122,6 +125,20 @@ def _backends() -> Iterator[Fact]:
         "Back ends", "Hugging Face models", *_installed("transformers", "accelerate", "safetensors", extra="hf")
     )
     yield Fact("Back ends", "GGUF files", *_installed("transformers", "accelerate", "gguf", extra="gguf"))
+
+
+def _table() -> Iterator[Fact]:
+    """What `tpfuse tune` left for this machine."""
+    if not torch.cuda.is_available():
+        return
+    path = table_path(machine("cuda"))
+    if not path.exists():
+        yield Fact("Measured", "table", False, f"none at {path}: run tpfuse tune")
+        return
+    table = Measured.load(path)
+    stale = table.stale(machine("cuda"), detect("cuda", None).versions)
+    detail = f"{table.digest}, {len(table.entries)} entries, {path}"
+    yield Fact("Measured", "table", stale is None, f"{detail}; {stale.detail}" if stale else detail)
 
 
 def _adapters() -> Iterator[Fact]:

@@ -211,7 +211,8 @@ def impl_of(kernel: str) -> str:
 def picked_impl(point: Point, target: Target, table: Table) -> str | None:
     """What lowering would run at this point, by its name in result files; None where that is no implementation of ours or NCCL
     with Inductor (a quantise that is unfused alone)."""
-    ranges = plan_ranges(thresholds=table.thresholds([(point.torch_dtype, target.world, point.hidden)]))
+    sites = [(point.torch_dtype, target.world, point.hidden)]
+    ranges = plan_ranges(thresholds=table.thresholds(sites, {"", point.scheme}))
     limits = next(r for r in ranges if point.tokens in r)
     found = select.pick(point.op, shapes(point), target, "auto", table, limits)
     if not isinstance(found, select.Pick):
