@@ -52,6 +52,7 @@ def test_declines_are_named(args: dict[str, Any], target: Target, code: str) -> 
 def test_one_gpu_kernels() -> None:
     gate = torch.empty(4, 28672, dtype=torch.bfloat16, device="meta")
     args = {"gate": gate, "up": gate, "scale": None, "act": "silu", "scheme": "fp8_token", "layout": "row"}
+    assert "no_launch_saved" in str(pick(fused.act_and_mul_quantize, {**args, "scheme": "fp8_tensor"}, H100, "auto"))
     found = pick(fused.act_and_mul_quantize, args, H100, "auto")
     assert isinstance(found, Pick) and found.name == "triton"
     wide = torch.empty(4, 40960, dtype=torch.bfloat16, device="meta")

@@ -49,7 +49,10 @@ def act_supports(args: Args, target: Target) -> Decline | None:
     hidden = args["gate"].shape[-1]
     if reason := _device(target) or _rows({**args, "x": args["gate"]}, ("up",)):
         return reason
-    if Scheme.parse(args["scheme"]).name == "fp8_token" and hidden > MAX_ACT_HIDDEN:
+    scheme = Scheme.parse(args["scheme"]).name
+    if scheme == "fp8_tensor":
+        return Decline("no_launch_saved", "Inductor makes one kernel of it too, and no slower for many rows")
+    if scheme == "fp8_token" and hidden > MAX_ACT_HIDDEN:
         return Decline("hidden_too_large", f"one scale for a row of {hidden}: at most {MAX_ACT_HIDDEN}")
     return None
 
