@@ -55,6 +55,8 @@ MODELS = {
     "weight_dtype": (lambda x, residual, weight: norm(residual + reduced(x), weight.float()), r"torch.float32.*torch.bfloat16"),
     "leaves_graph": (lambda x, residual, weight: reduced(x), r"whole model"),
     "no_norm": (lambda x, residual, weight: torch.tanh(reduced(x)), r"used by .*"),
+    # what was not raised behind another operator is that one's affair
+    "far: no_norm": (lambda x, residual, weight: norm(norm(torch.tanh(reduced(x)), weight), weight, axis=0), r"by aten.tanh"),
     "reduce_op": (lambda x, residual, weight: norm(residual + reduced(x, "max"), weight), r"combined by max"),
     "variance": (lambda x, residual, weight: F.layer_norm(residual + reduced(x), (HIDDEN,), weight), r"layer norm"),
     "bias_shape": (lambda x, residual, weight: norm(residual[:1] + reduced(x), weight), r"\[1, .*no bias"),

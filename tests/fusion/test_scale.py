@@ -53,3 +53,33 @@ def test_factor(model: Any, fuel: bool, group: str) -> None:
     assert len([e for e in events if e.rule == "scale_before_all_reduce"]) == (moved and fuel)
     for got, want in zip(torch.fx.Interpreter(gm).run(*inputs), expected, strict=True):
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+FACTORS = {
+    # of one element: what it is computed from, and whether it moves
+    "a graph input": (lambda c, x: c, True),
+    "a graph input, cast": (lambda c, x: c.float(), True),
+    "a value of this rank": (lambda c, x: x.sum(), False),
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_factor_in_a_tensor(name: str, group: str) -> None:
+    """Gemma scales its embedding by a buffer.  What a rank computed itself may differ from rank to rank, so it stays."""
+    factor, moves = FACTORS[name]
+
+    def model(x: Tensor, h: Tensor, w: Tensor, c: Tensor) -> Any:
+        y = c10d.wait_tensor(c10d.all_reduce(x, "sum", group)) * factor(c, x)
+        return norm(y, w), h + y
+
+    scale = torch.tensor(12.0, dtype=torch.float64 if "cast" in name else torch.float32)
+    gm, inputs = trace(model, [torch.randn(24, 8), torch.randn(24, 8), torch.rand(8) + 0.5, scale])
+    expected = torch.fx.Interpreter(gm).run(*inputs)
+    raise_graph(gm.graph)
+    events = fuse(gm.graph, ["all_reduce_norm"], lambda: True)
+    verify.verify(gm.graph, "fuse")
+    assert len([e for e in events if e.rule == "scale_before_all_reduce"]) == moves
+    names = [op.name for n in gm.graph.nodes if (op := find(n.target)) and op.collective]
+    assert names == ["all_reduce_rms_norm" if moves else "all_reduce"]
+    for got, want in zip(torch.fx.Interpreter(gm).run(*inputs), expected, strict=True):
+        assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
