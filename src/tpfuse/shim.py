@@ -151,6 +151,32 @@ def cache_tag(tag: str) -> AbstractContextManager[Any]:
     return compiler_config.patch(cache_key_tag=f"{compiler_config.cache_key_tag}{tag}")  # type: ignore[attr-defined]
 
 
+def real_tensors() -> AbstractContextManager[Any]:
+    """Inside, tensors are made and computed for real, whatever fake mode is on outside."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def allow_list_results(target: OpOverload) -> None:
+    """Let Inductor call an operator that writes to an argument and returns a list: it asks for a rule of functionalisation, which
+    the operators of final graphs never meet."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(f"{target} stands in final graphs only")
+
+    target.py_functionalize_impl(refuse)
+
+
+def needs_exact_strides(target: Any) -> bool:
+    """Whether an operator reads its inputs by the strides that it was traced with."""
+    from torch._library.utils import get_layout_constraint_tag
+
+    if not isinstance(target, OpOverload):
+        return False
+    return get_layout_constraint_tag(target) == torch.Tag.needs_exact_strides
+
+
 def inductor_patch(patches: dict[str, Any]) -> AbstractContextManager[Any]:
     import torch._inductor.config as inductor_config
 

@@ -26,7 +26,9 @@ def quantize_fp8(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layout
         return _convert(_scaled(x, factor, scheme), scheme), x.new_empty((0,), dtype=torch.float32)
     cols = x.shape[-1]
     groups = groups_of(cols, scheme)
-    blocks = _blocks(x.reshape(-1, cols), groups, scheme.group or cols)  # [rows, groups, group]
+    rows = x.reshape(-1, cols)
+    # [rows, groups, group]; a scale a row needs no third dimension, whose removal gives the scales a stride of 0 in Inductor.
+    blocks = _blocks(rows, groups, scheme.group) if scheme.group else rows
     amax = blocks.abs().amax(-1, keepdim=True)
     if scheme.bf16_amax or scheme.fp16_amax:
         amax = amax.to(torch.bfloat16 if scheme.bf16_amax else torch.float16)
@@ -44,7 +46,7 @@ def quantize_fp8(x: Tensor, scale: Tensor | None, scheme: Scheme, layout: Layout
     q = _convert(values, scheme).reshape(-1, groups * (scheme.group or cols))
     if q.shape[1] != cols:
         q = q[:, :cols].contiguous()
-    return q.reshape(x.shape), apply_layout(scales.squeeze(-1), layout)
+    return q.reshape(x.shape), apply_layout(scales.squeeze(-1) if scheme.group else scales, layout)
 
 
 def dequantize_fp8(

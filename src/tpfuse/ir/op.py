@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tpfuse import shim
 from tpfuse.ir import check
 from tpfuse.report import Decline
 from tpfuse.shim import OpOverload
@@ -107,6 +108,8 @@ class Op:
         self.wide = 1 << self.results  # the bit of `alive` that leaves the last result in FP32
         # Over lists of tensors: as many results as weights, so no single pattern finds it and its pass matches by hand.
         self.variadic = str(self.default._schema.returns[0].type) == "List[Tensor]"
+        if self.variadic:
+            shim.allow_list_results(self.lowered)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A node when traced, shapes only inside a fake, else the body."""

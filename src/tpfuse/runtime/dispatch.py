@@ -28,7 +28,7 @@ from tpfuse.report import Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.key import sources
-from tpfuse.runtime.symbols import Bindings, fresh_inputs, token_expression
+from tpfuse.runtime.symbols import Bindings, fresh_inputs, renew_strides, token_expression
 from tpfuse.runtime.tables import follow_first, table_of
 from tpfuse.target import UNBOUNDED, Range
 
@@ -222,6 +222,7 @@ class Dispatcher:
     ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
         """Inductor on the final graph, under symbols of its own; each rank of a host compiles what no other does."""
         inputs, mode, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
+        renew_strides(graph, mode, symbols, values)
         gm = fx.GraphModule(self.gm, graph)
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
 

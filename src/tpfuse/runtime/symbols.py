@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 from torch import SymInt, Tensor, fx
+from torch.fx.node import map_arg
 
 from tpfuse import shim
 from tpfuse.ir.op import find
@@ -81,20 +82,40 @@ def fresh_inputs(
             else:
                 new[symbol] = shim.fresh_symbol(env, f"tpfuse_{len(new)}", values[symbol], low, high)
 
-    numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
+    inputs = [_renewed(value, mode, new, values) for value in placeholders]
+    return inputs, mode, new
+
+
+def renew_strides(graph: fx.Graph, mode: shim.FakeTensorMode, new: dict[Any, Any], values: dict[Any, int]) -> None:
+    """Say anew, in the symbols of `fresh_inputs`, how the inputs of operators that read them by strides lie in memory: Inductor
+    holds them to what stands there.  What depends on data has no such symbol, and no say."""
+    for node in graph.nodes:
+        if "eager_input_vals" not in node.meta:
+            continue
+        fakes = [a.meta["val"] for a in node.all_input_nodes]
+        if all(set(shim.symbols_of(v)) <= set(new) for v in fakes):
+            node.meta["eager_input_vals"] = map_arg(
+                (node.args, dict(node.kwargs)), lambda a: _renewed(a.meta["val"], mode, new, values)
+            )
+        else:
+            del node.meta["eager_input_vals"]
+
+
+def _renewed(value: Any, mode: shim.FakeTensorMode, new: dict[Any, Any], values: dict[Any, int]) -> Any:
+    """A fake value under a mode of other symbols."""
 
     def convert(size: Any) -> Any:
         if not isinstance(size, SymInt):
             return size
         expr = size.node.expr.xreplace(new)
-        return int(expr) if expr.is_Integer else shim.sym_int(env, expr, int(size.node.expr.xreplace(numbers)))
+        if expr.is_Integer:
+            return int(expr)
+        hint = size.node.expr.xreplace({symbol: sympy.Integer(number) for symbol, number in values.items()})
+        assert mode.shape_env is not None
+        return shim.sym_int(mode.shape_env, expr, int(hint))
 
-    inputs: list[Any] = []
-    for value in placeholders:
-        if isinstance(value, Tensor):
-            with mode:
-                shape, stride = [convert(s) for s in value.shape], [convert(s) for s in value.stride()]
-                inputs.append(torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device))
-        else:
-            inputs.append(convert(value))
-    return inputs, mode, new
+    if not isinstance(value, Tensor):
+        return convert(value)
+    with mode:
+        shape, stride = [convert(s) for s in value.shape], [convert(s) for s in value.stride()]
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
