@@ -134,7 +134,8 @@ def test_gemma_everywhere(group):
     gm = graph(model, *ARGS)
     events = fused(gm, ("norm_quantize", *SP))
     sites = {e.rule: e.attributes["weight_bias"] for e in events if "weight_bias" in e.attributes}
-    assert sites == {"reduce_scatter_rms_norm_add_rms_norm": 1.0, "reduce_scatter_add_rms_norm_all_gather": 1.0}
+    quantised = "reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather"
+    assert sites == {quantised: 1.0, "reduce_scatter_add_rms_norm_all_gather": 1.0}
 
 
 def test_an_embedding_over_the_vocabulary(group):

@@ -103,6 +103,7 @@ SPELLINGS = {
     "all_reduce_rms_norm_add_rms_norm": sandwich,
     "all_reduce_rms_norm_quantize": quantised(reduce_norm),
     "all_reduce_add_rms_norm_quantize": quantised(reduce_add_norm),
+    "all_reduce_rms_norm_add_rms_norm_quantize": quantised(sandwich),
     "rms_norm_quantize": quantised(lambda a, t: norm(a["x"], a["weight"], a["eps"], a["weight_bias"])),
     "add_rms_norm_quantize": quantised(add_norm),
     "act_and_mul_quantize": quantised(activation),

@@ -87,6 +87,8 @@ class Gather:
                         value.replace_all_uses_with(self._result(new, len(self.products) + i, value))
         for product in self.products:
             erase_dead(product)
+        for part in list(node.users) if _named(node, "all_gather_quantized") else ():
+            erase_dead(part)  # scales that no product takes
         if not node._erased:
             erase_dead(node)
         attributes = {**composites.attributes(target, new), "products": len(self.products)}
@@ -189,6 +191,9 @@ def _left_over(graph: fx.Graph) -> Iterator[Event]:
         partner = _partner(node, GATHERS if scatter else SCATTERS, forward=scatter)
         other = find(partner.target) if partner is not None else None
         reason = Decline("no_product", why)
+        if scatter and _named(node.args[0], "matmul", "scaled_matmul"):
+            others = ", ".join(u.name for u in node.args[0].users if u is not node)
+            reason = Decline("second_user", f"the product is used by {others} as well" if others else why)
         if other is not None and other.fuse == PASS:
             reason = Decline("one_side", f"the {'gather' if scatter else 'scatter'} on its other side is fused; {why}")
         wanted = "matmul_reduce_scatter" if scatter else "all_gather_matmul"

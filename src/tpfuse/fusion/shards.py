@@ -61,7 +61,7 @@ class Shards:
         if not is_tensor(value) or tensor(value).dim() < 2 or self._by_itself(value, node):
             return value
         if same_for_rows(tensor(value)):  # [1, 1, n] would bring its dimensions along
-            return value if tensor(value).dim() == 2 else self._reshape(value, [1, tensor(value).shape[-1]])
+            return self._reshape(value, [tensor(value).shape[-1]])
         if value not in self.cut:
             self.cut[value] = self._emit(registry["shard_rows"].default, (self._rows(value), self.group), node)
         return self.cut[value]

@@ -133,6 +133,23 @@ def all_reduce_add_rms_norm_quantize(
     return q, scales, norm, h
 
 
+@op(
+    sample=sampler(
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "group"
+    ),
+    rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=vectors,
+)  # fmt: skip
+def all_reduce_rms_norm_add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
+    layout: str = "row", group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`all_reduce_rms_norm_add_rms_norm`, then `quantize` of the outer norm → (q, scales, outer norm, h)."""
+    norm, h = all_reduce_rms_norm_add_rms_norm(x, residual, weight, weight2, eps, eps2, weight_bias, rounding, group)
+    q, scales = quantize(norm, scale, scheme, layout)
+    return q, scales, norm, h
+
+
 @op(sample=sampler("x", "weight", "scale", *_NORM, *_QUANT), fuse="norm_quantize")
 def rms_norm_quantize(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, eps: float = 1e-6, weight_bias: float = 0.0,

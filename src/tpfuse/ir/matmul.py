@@ -102,7 +102,8 @@ def scaled_matmul(
     bias: [n] or None, added once.  result_scale: of an e4m3 result, as `aten._scaled_mm` has it.
     layout, weight_layout: see `tpfuse.formats`.  out_dtype: "bfloat16", "float16", "float32", "float8_e4m3fn".
     origin: the engine's operator that the model calls, with its own options ("vllm::flashinfer_mm_fp4?backend=cutlass"):
-    unfused, it is called again; where it is not installed, and for "", the product is formed as said above.
+    unfused, it is called again; where it is not installed, and for "", the product is formed as said above.  The option
+    "rounds=first": alpha, of out_dtype, multiplies the rounded product.
     """
     wide = torch.float64 if weight_scale.dtype == torch.float64 else torch.float32
     call = origins.get(origin.partition("?")[0])
@@ -121,7 +122,9 @@ def scaled_matmul(
         out = getattr(torch, out_dtype)
         return torch.ops.aten._scaled_mm.default(x, weight, x_scale, weight_scale, bias, result_scale, out, fast_accum)
     y = _rows_value(x, x_scale, scheme, layout, wide) @ _weight_value(weight, weight_scale, scheme, weight_layout, wide)
-    y = y if alpha is None else y * alpha.to(wide)
+    if origin.endswith("rounds=first") and wide != torch.float64:
+        y = y.to(getattr(torch, out_dtype))
+    y = y if alpha is None else y * alpha.to(y.dtype)
     y = y if bias is None else y + bias.to(wide)
     if result_scale is not None and out_dtype == "float8_e4m3fn":
         y = (y / result_scale.to(wide)).clamp(-448.0, 448.0)

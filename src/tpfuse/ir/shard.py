@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.ir.collective import all_gather, all_gather_quantized, reduce_scatter, share
-from tpfuse.ir.fused import sampler, weight_dtype
+from tpfuse.ir.fused import sampler, vectors
 from tpfuse.ir.norm import add_rms_norm, rms_norm
 from tpfuse.ir.op import op, optional_add, optional_scale
 from tpfuse.ir.quant import quantize
@@ -40,7 +40,7 @@ def _sampler(*names: str) -> Any:
 
 @op(
     sample=_sampler("x", "weight", "bias", *_NORM, "padded", "group"), rows="collective", fuse="sequence_parallel",
-    guard=weight_dtype,
+    guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -56,7 +56,7 @@ def reduce_scatter_rms_norm(
 
 @op(
     sample=_sampler("x", "residual", "weight", "bias", "alpha", *_NORM, "padded", "group"), rows="collective",
-    row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None = None, alpha: float = 1.0,
@@ -74,7 +74,7 @@ def reduce_scatter_add_rms_norm(
     sample=_sampler(
         "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "padded", "group"
     ),
-    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
@@ -91,7 +91,7 @@ def reduce_scatter_rms_norm_add_rms_norm(
 
 @op(
     sample=_sampler("x", "weight", "bias", "scale", *_NORM, *_QUANT, "padded", "group"), rows="collective",
-    fuse="sequence_parallel", guard=weight_dtype,
+    fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_quantize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
@@ -106,7 +106,7 @@ def reduce_scatter_rms_norm_quantize(
 
 @op(
     sample=_sampler("x", "residual", "weight", "bias", "scale", "alpha", *_NORM, *_QUANT, "padded", "group"),
-    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, alpha: float = 1.0,
@@ -122,8 +122,27 @@ def reduce_scatter_add_rms_norm_quantize(
 
 
 @op(
+    sample=_sampler(
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "padded", "group"
+    ),
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
+)  # fmt: skip
+def reduce_scatter_rms_norm_add_rms_norm_quantize(
+    x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
+    layout: str = "row", padded: bool = True, group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`reduce_scatter_rms_norm_add_rms_norm`, then `quantize` of the outer norm → (q, scales, norm, h), of own rows."""
+    norm, h = reduce_scatter_rms_norm_add_rms_norm(
+        x, residual, weight, weight2, eps, eps2, weight_bias, rounding, padded, group
+    )  # fmt: skip
+    q, scales = quantize(norm, scale, scheme, layout)
+    return q, scales, norm, h
+
+
+@op(
     sample=_sampler("x", "weight", "bias", *_NORM, "padded", "rows", "group"), rows="collective",
-    fuse="sequence_parallel", guard=weight_dtype,
+    fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_all_gather(
     x: Tensor, weight: Tensor | None, bias: Tensor | None = None, eps: float = 1e-6, weight_bias: float = 0.0,
@@ -139,7 +158,7 @@ def reduce_scatter_rms_norm_all_gather(
 
 @op(
     sample=_sampler("x", "residual", "weight", "bias", "alpha", *_NORM, "padded", "rows", "group"), rows="collective",
-    row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_add_rms_norm_all_gather(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None = None, alpha: float = 1.0,
@@ -157,7 +176,7 @@ def reduce_scatter_add_rms_norm_all_gather(
     sample=_sampler(
         "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "padded", "rows", "group"
     ),
-    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm_all_gather(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
@@ -173,7 +192,7 @@ def reduce_scatter_rms_norm_add_rms_norm_all_gather(
 
 @op(
     sample=_sampler("x", "weight", "bias", "scale", *_NORM, *_QUANT, "padded", "rows", "group"), rows="collective",
-    fuse="sequence_parallel", guard=weight_dtype,
+    fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_quantize_all_gather(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
@@ -191,7 +210,7 @@ def reduce_scatter_rms_norm_quantize_all_gather(
 
 @op(
     sample=_sampler("x", "residual", "weight", "bias", "scale", "alpha", *_NORM, *_QUANT, "padded", "rows", "group"),
-    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=weight_dtype,
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_add_rms_norm_quantize_all_gather(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, alpha: float = 1.0,
@@ -202,6 +221,27 @@ def reduce_scatter_add_rms_norm_quantize_all_gather(
     → (q and scales of all rows, own rows' norm, own rows' h)."""
     q, scales, norm, h = reduce_scatter_add_rms_norm_quantize(
         x, residual, weight, bias, scale, alpha, eps, weight_bias, rounding, scheme, layout, padded, group
+    )
+    q, scales = all_gather_quantized(q, scales, scheme, layout, group, rows)
+    return q, scales, norm, h
+
+
+@op(
+    sample=_sampler(
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "padded", "rows",
+        "group",
+    ),
+    rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
+)  # fmt: skip
+def reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather(
+    x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
+    layout: str = "row", padded: bool = True, rows: int | None = None, group: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`reduce_scatter_rms_norm_add_rms_norm_quantize`, then the quantised rows of all ranks with their scales by `layout`
+    → (q and scales of all rows, own rows' norm, own rows' h)."""
+    q, scales, norm, h = reduce_scatter_rms_norm_add_rms_norm_quantize(
+        x, residual, weight, weight2, scale, eps, eps2, weight_bias, rounding, scheme, layout, padded, group
     )
     q, scales = all_gather_quantized(q, scales, scheme, layout, group, rows)
     return q, scales, norm, h
