@@ -273,24 +273,34 @@ def test_an_engines_own_buffer_is_filled(v2: bool) -> None:
     assert len(result.named("quantize")) == 1
 
 
-def test_calls_outside_of_auto_functionalized() -> None:
-    """Buffers in a graph that is not functional: fresh ones are given up, others decline."""
-
-    def spelled(x: Tensor, s: Tensor) -> Tensor:
-        return call_static(x, s)
-
-    gm, inputs = capture(spelled, (rows(), torch.tensor(2.5)), 0)
-    want = fx.Interpreter(gm).run(*inputs)
+def direct(twice: bool) -> tuple[fx.GraphModule, list[Any]]:
+    """A graph in which an engine's operator fills a buffer outside of auto_functionalized, once or twice."""
+    gm, inputs = capture(call_static, (rows(), torch.tensor(2.5)), 0)
     (hop,) = [n for n in gm.graph.nodes if "auto_functionalized" in str(n.target)]
     (empty,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.empty.memory_format)
     with gm.graph.inserting_before(hop):
-        gm.graph.call_function(hop.args[0], (empty, hop.kwargs["input"], hop.kwargs["scale"]))
+        for _ in range(1 + twice):
+            gm.graph.call_function(hop.args[0], (empty, hop.kwargs["input"], hop.kwargs["scale"]))
     (taken,) = hop.users
     taken.replace_all_uses_with(empty)
     gm.graph.erase_node(taken)
     gm.graph.erase_node(hop)
     gm.recompile()
+    return gm, inputs
+
+
+def test_a_buffer_that_is_written_twice() -> None:
+    gm, inputs = direct(twice=True)
+    want = fx.Interpreter(gm).run(*inputs)
+    assert [e.reason.code for e in raise_graph(gm.graph) if e.reason] == ["second_mutation"] * 2
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.tpfuse.quantize.default)
     assert_identical(fx.Interpreter(gm).run(*inputs), want)
+
+
+def test_calls_outside_of_auto_functionalized() -> None:
+    """Buffers in a graph that is not functional: fresh ones are given up, others decline."""
+    gm, inputs = direct(twice=False)
+    want = fx.Interpreter(gm).run(*inputs)
     assert not raise_graph(gm.graph)
     gm.graph.lint()
     assert gm.graph.find_nodes(op="call_function", target=torch.ops.tpfuse.quantize.default)

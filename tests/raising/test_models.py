@@ -32,6 +32,7 @@ LATENT = {
 MODELS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "qwen3": ("Qwen3Config", {"num_key_value_heads": 1}, True),
     "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 128, "layer_types": ["full_attention"] * LAYERS}, True),
+    "deepseek_v2": ("DeepseekV2Config", {**LATENT, "topk_method": "greedy"}, False),
     "deepseek_v3": ("DeepseekV3Config", LATENT, False),
 }
 SCHEMES: list[Callable[[Tensor], Any]] = [

@@ -108,6 +108,8 @@ POSITIVE: dict[str, tuple[Callable[..., Any], str, str]] = {
     "token, low": (lambda x, s: all_low(x), "fp8_token:low_scale,low_value,eps=1e-06", "row"),
     "group 128": (lambda x, s: grouped(x), "fp8_group128", "row"),
     "group 64": (lambda x, s: grouped(x, 64), "fp8_group64", "row"),
+    "group 128, torchao": (lambda x, s: torchao(x, [1, 128]), "fp8_group128:low_scale,eps=0.0", "row"),
+    "group 64, torchao": (lambda x, s: torchao(x, [1, 64]), "fp8_group64:low_scale,eps=0.0", "row"),
     "group, columns": (lambda x, s: grouped(x, 128, columns), "fp8_group128", "col"),
     "group, TMA": (lambda x, s: grouped(x, 64, tma), "fp8_group64", "col+tma"),
     "group, inverse": (lambda x, s: inverse(x), "fp8_group128:inverse,unclamped,eps=0.0,amax_min=0.0001", "row"),
@@ -220,6 +222,11 @@ def blocks_of(x: Tensor, size: int) -> Tensor:
     return (blocks.abs().amax(-1) / 6.0).clamp(0.015625, 448.0).to(E4M3)
 
 
+def spread(x: Tensor, of: Tensor) -> Tensor:
+    s = (of.view(-1, HIDDEN // 128, 128).abs().amax(-1) / 448).float()
+    return fp8(x.float() / s.repeat_interleave(128, dim=-1))
+
+
 def per_group(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return grouped(x, group)
 
@@ -232,6 +239,8 @@ NEGATIVE: dict[str, tuple[Callable[..., Any], str]] = {
     "rounded between": (lambda x, s: fp8((x.float() / s).bfloat16()), "rounding"),
     "one scale a column": (lambda x, s: fp8(x.float() / (torch.arange(HIDDEN) + 1.0)), "scale_shape"),
     "groups of 32": (lambda x, s: per_group(x, 32), "group_size"),
+    "groups of 32, torchao": (lambda x, s: torchao(x, [1, 32]), "group_size"),
+    "groups of other rows, torchao": (lambda x, s: spread(x, (x * x)), "other_scale"),
     "maximum of columns": (lambda x, s: fp8(x.float() / (x.float().abs().amax(0, keepdim=True) / 448)), "scale_shape"),
     "scale of other rows": (
         lambda x, s: fp8(x.float() / ((x * x).float().abs().amax(-1, keepdim=True) / 448)), "other_scale"

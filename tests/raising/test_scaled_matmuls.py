@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.raising.capture import capture, raised
-from tpfuse.ir.op import find
+from tests.raising.capture import capture, raised, trace
+from tpfuse.ir.op import find, registry
 from tpfuse.raising import raise_graph
 from tpfuse.raising.scaled_matmuls import kind_of
 from tpfuse.report import Decline
+from tpfuse.rewrite.match import tensor
 
 E4M3 = torch.float8_e4m3fn
 K, N = 64, 32
@@ -141,3 +142,25 @@ def test_scales_without_a_scheme(x_scale: Tensor, weight_scale: Tensor, reason: 
 def test_scales_of_groups(x_scale: Tensor, weight_scale: Tensor, scheme: str, layout: str) -> None:
     x, weight = torch.empty(24, 256).to(E4M3), torch.empty(256, 256).to(E4M3)
     assert kind_of(x, weight, x_scale, weight_scale) == (scheme, layout)
+
+
+def test_global_scales_after_an_fp4_product() -> None:
+    """torchao multiplies the rounded product by both global scales, cast to its dtype: they become alpha."""
+    fp4 = torch.float4_e2m1fn_x2
+    q, w = (torch.randint(0, 256, (n, K // 2), dtype=torch.uint8) for n in (24, N))
+    scales = [(torch.rand(128 * 4) + 0.5).to(E4M3) for _ in range(2)]
+
+    def product(x: Tensor, w: Tensor, xs: Tensor, ws: Tensor, g: Tensor) -> Tensor:
+        y = torch._scaled_mm(x.view(fp4), w.t().view(fp4), xs, ws, out_dtype=torch.bfloat16)
+        return y * g.bfloat16()
+
+    given = torch.tensor(0.37)
+    gm, inputs = trace(product, [q, w, *scales, given], None)
+    raise_graph(gm.graph)
+    (node,) = [n for n in gm.graph.nodes if find(n.target)]
+    a = registry["scaled_matmul"].bind(node.args)
+    assert a["origin"] == "aten::_scaled_mm?rounds=first" and tensor(a["alpha"]).dtype == torch.bfloat16
+    (got,) = torch.fx.Interpreter(gm).run(*inputs)
+    plain = registry["scaled_matmul"].default(*{**a, "x": q, "weight": w.t(), "x_scale": scales[0], "weight_scale": scales[1],
+                                                "alpha": None, "origin": ""}.values())  # fmt: skip
+    assert torch.equal(got, plain * given.bfloat16())

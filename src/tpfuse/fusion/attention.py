@@ -19,13 +19,13 @@ from tpfuse.formats import Scheme, scales_meta, scheme_of
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit, erase_dead
+from tpfuse.rewrite.functionalized import first_buffer, is_wrapped, mutable, result_at
 from tpfuse.rewrite.match import VIEWS, aten, is_call, tensor
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import OpOverload, auto_functionalized
 
 PASS = "attention_quantize"
 Fuel = Callable[[], bool]
-_WRAPPERS = ("auto_functionalized", "auto_functionalized_v2")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def fuse_engine_attention(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Ev
 
 def _entry(call: Any) -> EngineAttention | None:
     """The entry of the operator that a node calls inside auto_functionalized (v1 or v2)."""
-    if not isinstance(call, fx.Node) or getattr(call.target, "_name", "") not in _WRAPPERS:
+    if not isinstance(call, fx.Node) or not is_wrapped(call):
         return None
     target = call.args[0]
     return _known.get(target._schema.name) if isinstance(target, OpOverload) else None
@@ -92,7 +92,7 @@ def _entry(call: Any) -> EngineAttention | None:
 def _buffers(entry: EngineAttention, call: fx.Node, item: fx.Node, quantize: fx.Node) -> dict[str, Any] | Decline:
     """The operator's present arguments by name, views of bases resolved; or why it cannot quantise."""
     target: Any = call.args[0]
-    mutable = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    buffers = mutable(target)
     scheme = Scheme.parse(str(quantize.args[2]))
     if scheme.name not in entry.schemes:
         return Decline("scheme", f"{entry.operator} does not write {scheme.name}")
@@ -100,14 +100,14 @@ def _buffers(entry: EngineAttention, call: fx.Node, item: fx.Node, quantize: fx.
         return Decline("scheme", f"{entry.operator} divides by a scale for FP8 and multiplies by one for NVFP4, unlike {scheme}")
     if scheme.name == "nvfp4" and quantize.args[3] != "swizzled_128x4":
         return Decline("scale_layout", f"block scales are written in tiles of 128 rows, not {quantize.args[3]}")
-    args = _resolved(call, mutable)
+    args = _resolved(call, buffers)
     if isinstance(args, Decline):
         return args
     if args.get(entry.scale) is not None or args.get(entry.block_scale) is not None:
         return Decline("quantised", f"{entry.operator} quantises its output already")
-    if item is not _item(call, _place(call, entry.output, mutable)):
+    if item is not result_at(call, _place(call, entry.output, buffers)):
         return Decline("other_result", f"what is quantised is not {entry.operator}'s {entry.output}")
-    if scheme.group and entry.block_scale not in mutable:
+    if scheme.group and entry.block_scale not in buffers:
         return Decline("buffer", f"{entry.operator} does not say that it writes {entry.block_scale}")
     for other in [item, *_views(item)]:
         for user in other.users:
@@ -125,14 +125,14 @@ def _views(node: fx.Node) -> list[fx.Node]:
     return [v for u in node.users if is_call(u, *VIEWS) for v in (u, *_views(u))]
 
 
-def _resolved(call: fx.Node, mutable: list[str]) -> dict[str, Any] | Decline:
+def _resolved(call: fx.Node, buffers: list[str]) -> dict[str, Any] | Decline:
     """Arguments as auto_functionalized (v1) takes them: buffers by name."""
     kwargs = dict(call.kwargs)
     if "_all_bases" not in kwargs:
         return kwargs
     bases: Any = kwargs["_all_bases"]
     args = {k: v for k, v in kwargs.items() if not k.startswith("_")}
-    for name in mutable:
+    for name in buffers:
         index: Any = kwargs[f"_{name}_base_index"]
         base = None if index is None else bases[index]
         if f"_{name}_slice_dim" in kwargs:
@@ -143,23 +143,19 @@ def _resolved(call: fx.Node, mutable: list[str]) -> dict[str, Any] | Decline:
     return args
 
 
-def _place(call: fx.Node, name: str, mutable: list[str]) -> int:
+def _place(call: fx.Node, name: str, buffers: list[str]) -> int:
     """Which of the wrapper's results is the new value of a buffer."""
-    returned = max(1, len(call.args[0]._schema.returns))  # type: ignore[union-attr]
+    returned = first_buffer(call.args[0])  # type: ignore[arg-type]
     if "_all_bases" in call.kwargs:
         return returned + call.kwargs[f"_{name}_base_index"]  # type: ignore[operator]
-    return returned + mutable.index(name)
-
-
-def _item(call: fx.Node, index: int) -> fx.Node | None:
-    return next((u for u in call.users if u.target is operator.getitem and u.args[1] == index), None)
+    return returned + buffers.index(name)
 
 
 def _rewrite(
     graph: fx.Graph, entry: EngineAttention, call: fx.Node, item: fx.Node, quantize: fx.Node, args: dict[str, Any]
 ) -> None:
     target: Any = call.args[0]
-    mutable = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    buffers = mutable(target)
     rows, scale, scheme, layout = quantize.args
     packed = Scheme.parse(str(scheme)).name == "nvfp4"
     with graph.inserting_before(call):
@@ -181,15 +177,15 @@ def _rewrite(
         assert asked is not None and asked[0] == Scheme.parse(str(scheme)).name, (asked, scheme)
     with graph.inserting_before(call):
         new = emit(graph, auto_functionalized(), (target,), call, args)
-        first = max(1, len(target._schema.returns))
-        for name in mutable:
-            old = _item(call, _place(call, name, mutable)) if name not in (entry.output, entry.block_scale) else None
+        first = first_buffer(target)
+        for name in buffers:
+            old = result_at(call, _place(call, name, buffers)) if name not in (entry.output, entry.block_scale) else None
             if old is not None:
-                old.replace_all_uses_with(emit(graph, operator.getitem, (new, first + mutable.index(name)), like=old))
-        q = emit(graph, operator.getitem, (new, first + mutable.index(entry.output)), like=item)
+                old.replace_all_uses_with(emit(graph, operator.getitem, (new, first + buffers.index(name)), like=old))
+        q = emit(graph, operator.getitem, (new, first + buffers.index(entry.output)), like=item)
         scales = None
         if block is not None:
-            scales = emit(graph, operator.getitem, (new, first + mutable.index(entry.block_scale)), like=item)
+            scales = emit(graph, operator.getitem, (new, first + buffers.index(entry.block_scale)), like=item)
     for user in list(quantize.users):
         if user.args[1] == 0:
             with graph.inserting_before(user):

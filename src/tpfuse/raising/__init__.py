@@ -9,7 +9,7 @@ from torch import fx
 from tpfuse.raising.activations import raise_activations
 from tpfuse.raising.adapters import raise_adapted
 from tpfuse.raising.attention import join_heads, raise_attention
-from tpfuse.raising.canonical import canonicalise, hoist_views
+from tpfuse.raising.canonical import canonicalise, hoist_views, join_quantised
 from tpfuse.raising.collectives import raise_collectives
 from tpfuse.raising.matmuls import raise_matmuls
 from tpfuse.raising.norms import raise_norms
@@ -33,6 +33,7 @@ STEPS: list[Step] = [
     raise_quants,
     raise_adapted,
     raise_scaled_matmuls,
+    join_quantised,
     raise_attention,
     raise_matmuls,
 ]

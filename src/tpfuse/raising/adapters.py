@@ -21,11 +21,10 @@ from tpfuse.ir.op import registry
 from tpfuse.raising.quants_emit import put
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE, emit, erase_dead
+from tpfuse.rewrite.functionalized import first_buffer, mutable, overload, result_at
 from tpfuse.rewrite.match import aten, is_call, is_tensor, same, tensor
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import OpOverload
-
-_HOPS = ("auto_functionalized", "auto_functionalized_v2")
 
 
 @dataclass
@@ -141,16 +140,8 @@ def fold_bitcasts(graph: fx.Graph) -> None:
 
 
 def _adapter(node: fx.Node) -> Adapter | None:
-    target = _overload(node)
+    target = overload(node)
     return _adapters.get(target._schema.name) if target is not None else None
-
-
-def _overload(node: fx.Node) -> OpOverload | None:
-    """The operator that a node calls, also inside auto_functionalized."""
-    if node.op != "call_function":
-        return None
-    target = node.args[0] if getattr(node.target, "_name", None) in _HOPS else node.target
-    return target if isinstance(target, OpOverload) else None
 
 
 def _raise(adapter: Adapter, node: fx.Node) -> Decline | None:
@@ -197,34 +188,34 @@ def _put(holder: Holder, result: fx.Node, x: fx.Node) -> Decline | None:
 
 def _read(node: fx.Node) -> Call | Decline:
     """A call in any of its forms."""
-    target = _overload(node)
+    target = overload(node)
     assert target is not None
     schema = target._schema
-    mutable = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    returned = 0 if mutable else len(schema.returns)
+    buffers = mutable(target)
+    returned = 0 if buffers else len(schema.returns)
     if node.target is target:
         names = [a.name for a in schema.arguments]
         args = {**{a.name: a.default_value for a in schema.arguments if a.has_default_value()}}
         args.update(zip(names, node.args, strict=False))
         args.update(node.kwargs)
-        call = Call(node, {k: v for k, v in args.items() if k not in mutable})
-        if mutable:
-            return _direct_buffers(call, {name: args[name] for name in mutable})
+        call = Call(node, {k: v for k, v in args.items() if k not in buffers})
+        if buffers:
+            return _direct_buffers(call, {name: args[name] for name in buffers})
         for i in range(returned):
-            call.holders[i] = Holder(node if returned == 1 else _item(node, i))
+            call.holders[i] = Holder(node if returned == 1 else result_at(node, i))
         return call
     kwargs = dict(node.kwargs)
-    first = max(1, len(schema.returns))
+    first = first_buffer(target)
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     if getattr(node.target, "_name", "") == "auto_functionalized":
-        call = Call(node, {**defaults, **{k: v for k, v in kwargs.items() if k not in mutable}})
-        for i, name in enumerate(mutable):
+        call = Call(node, {**defaults, **{k: v for k, v in kwargs.items() if k not in buffers}})
+        for i, name in enumerate(buffers):
             call.buffers[name] = tensor(kwargs[name])
-            call.holders[name] = Holder(_item(node, first + i))
+            call.holders[name] = Holder(result_at(node, first + i))
         return call
     bases: Any = kwargs.pop("_all_bases")
     call = Call(node, {**defaults, **{k: v for k, v in kwargs.items() if not k.startswith("_")}})
-    for name in mutable:
+    for name in buffers:
         found = _buffer_of_v2(name, kwargs, bases, node, first)
         if isinstance(found, Decline):
             return found
@@ -237,7 +228,7 @@ def _buffer_of_v2(
 ) -> tuple[Tensor, Holder] | Decline:
     """A buffer that auto_functionalized_v2 describes as a view of a base."""
     index = kwargs[f"_{name}_base_index"]
-    base, holder = bases[index], Holder(_item(node, first + index))
+    base, holder = bases[index], Holder(result_at(node, first + index))
     whole = tensor(base)
     if f"_{name}_slice_dim" in kwargs:
         holder.slice = tuple(kwargs[f"_{name}_slice_{part}"] for part in ("dim", "start", "end"))  # type: ignore[assignment]
@@ -261,12 +252,19 @@ def _direct_buffers(call: Call, buffers: Mapping[str, Any]) -> Call | Decline:
     order = {n: i for i, n in enumerate(call.node.graph.nodes)}
     for name, buffer in buffers.items():
         early = [u for u in buffer.users if order[u] < order[call.node]] if is_tensor(buffer) else []
+        writers = [u for u in buffer.users if u is not call.node and _writes(u, buffer)] if is_tensor(buffer) else []
+        if writers:
+            return Decline("second_mutation", f"{name} is written by {writers[0].name} ({writers[0].target}) as well")
         if not is_call(buffer, aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default) or early:
             return Decline("buffer_view", f"{name} is not fresh: it may be seen through another view")
         call.buffers[name], call.holders[name] = tensor(buffer), Holder(buffer, at=call.node)
     return call
 
 
-def _item(node: fx.Node, index: int) -> fx.Node | None:
-    """The node that takes one value out of a call's results."""
-    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
+def _writes(node: fx.Node, buffer: fx.Node) -> bool:
+    """Whether a call writes to a buffer."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return False
+    named = dict(zip((a.name for a in target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    return any(named.get(name) is buffer for name in mutable(target))

@@ -257,7 +257,7 @@ def _verified(out: fx.Node, qkv: tuple[fx.Node, ...], mask: Any, scale: float, m
     if different is not None:
         return Decline("attention_form", f"{different} differs from the {method} attention of torch")
     for node in inside - {out}:
-        for user in node.users:
+        for user in node.users if any(map(is_tensor, node.all_input_nodes)) else ():  # a constant serves every layer
             if user not in inside:
                 return Decline("second_user", f"{node.name}, inside the attention, is used by {user.name} as well")
     q, k, v = qkv

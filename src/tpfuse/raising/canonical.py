@@ -15,7 +15,6 @@ from tpfuse.rewrite.match import (
     SPLITS,
     VIEWS,
     aten,
-    cast_source,
     is_call,
     is_tensor,
     prims,
@@ -35,6 +34,11 @@ _ALIASING = (
     operator.getitem,
 )
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
+# What a scale is formed by.
+_SCALE = (
+    aten.full.default, aten.abs.default, aten.amax.default, aten.div.Tensor, aten.clamp_min.default, aten.clamp_max.default,
+    aten.reciprocal.default,
+)  # fmt: skip
 _JOINED = (*VIEWS, *SPLITS, *_CASTS, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor, aten.sym_size.int)
 
 
@@ -103,18 +107,31 @@ def _sizes(node: fx.Node) -> list[int] | None:
     return sizes if sizes.count(-1) <= 1 else None
 
 
-def _join(graph: fx.Graph) -> None:
-    """Join casts, views and integer arithmetic that are written twice."""
+def join_quantised(graph: fx.Graph) -> list[Event]:
+    """Rows that several linear layers quantise alike, each for itself, are quantised once; their scale is formed once too."""
+    _join(graph, (*_JOINED, *_SCALE, registry["quantize"].default))
+    return []
+
+
+def _join(graph: fx.Graph, targets: tuple[Any, ...] = _JOINED) -> None:
+    """Join calls of `targets`, results taken out of several, and integer arithmetic that are written twice."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         integer = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-        if node.op != "call_function" or not (node.target in _JOINED or integer):
+        if node.op != "call_function" or not (node.target in targets or integer):
             continue
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
-        if first is not node and (cast_source(node) is None or not (_escapes(node) or _escapes(first))):
+        if first is not node and not (_is_fresh(node) and (_escapes(node) or _escapes(first))):
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a value has memory of its own: joined, two results of the graph would be one."""
+    if node.target in _JOINED:
+        return node.target in _CASTS
+    return getattr(node.target, "__module__", "") != "_operator"
 
 
 def _frozen(value: Any) -> Any:

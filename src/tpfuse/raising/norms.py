@@ -175,15 +175,15 @@ def _raise_product(found: Statistics, root: fx.Node, user: fx.Node) -> Decline |
 def _substitute(found: Statistics, out: fx.Node, weight: Weight | None, rounding: Rounding) -> Decline | None:
     rms_norm = registry["rms_norm"].default
     attributes = (weight.node if weight else None, found.eps, float(weight.bias) if weight else 0.0, str(rounding))
-    done = substitute(out, rms_norm, (found.x, *attributes))
-    if isinstance(done, Decline) and is_call(found.x, aten.permute.default):
+    if is_call(found.x, aten.permute.default):
         x, order = found.x.args
-        if order[-1] in (-1, len(order) - 1):  # rows change places and stay whole: as well before as after the norm
+        if order[-1] in (-1, len(order) - 1):  # rows change places and stay whole: as well after as before the norm
             with out.graph.inserting_before(out):
                 norm = emit(out.graph, rms_norm, (x, *attributes), like=out)
-            done = substitute(out, aten.permute.default, (norm, order))
-            if isinstance(done, Decline):
-                erase_dead(norm)
+            if not isinstance(substitute(out, aten.permute.default, (norm, order)), Decline):
+                return None
+            erase_dead(norm)
+    done = substitute(out, rms_norm, (found.x, *attributes))
     return done if isinstance(done, Decline) else None
 
 

@@ -23,6 +23,7 @@ from tpfuse.raising.quants_nvfp4 import raise_nvfp4
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE
 from tpfuse.rewrite.match import (
+    DIVS,
     MULS,
     VIEWS,
     aten,
@@ -42,7 +43,6 @@ from tpfuse.rewrite.site import site_of
 
 E4M3 = torch.float8_e4m3fn
 _OTHER_FP8 = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-_DIVS = (aten.div.Tensor, aten.div.Scalar)
 _MOVES = (*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
 _BOUNDS = {
     aten.clamp_min.default: "low", aten.clamp_min.Tensor: "low", aten.maximum.default: "low",
@@ -85,9 +85,9 @@ def _raise(cast: fx.Node) -> Decline | None:
     if isinstance(found, Decline):
         return found
     quotient, options = found
-    if not is_call(quotient, *_DIVS, *MULS) or quotient.kwargs:
+    if not is_call(quotient, *DIVS, *MULS) or quotient.kwargs:
         return Decline("not_scaled", f"{quotient.name} is converted without a scale: no division, no product")
-    pairs = [quotient.args[:2]] if is_call(quotient, *_DIVS) else list(operands(quotient))
+    pairs = [quotient.args[:2]] if is_call(quotient, *DIVS) else list(operands(quotient))
     declined: Decline | None = None
     for value, factor in pairs:
         if not is_tensor(value) or not same_shape(tensor(value), tensor(quotient)):
@@ -128,8 +128,11 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
         if tensor(quotient).dtype != tensor(x).dtype:
             return Decline("rounding", f"the quotient is formed in {tensor(quotient).dtype}")
         options = {**options, "low_value": True}
-    divides = is_call(quotient, *_DIVS)
-    dynamic = _dynamic(factor, divides)
+    divides = is_call(quotient, *DIVS)
+    spread = _spread(factor)
+    dynamic = _dynamic(factor if spread is None else spread, divides)
+    if spread is not None:
+        return _raise_spread(cast, x, factor, dynamic, options)
     if isinstance(dynamic, Dynamic) and same_value(dynamic.of, x):
         return _raise_dynamic(cast, x, dynamic, options)
     if isinstance(dynamic, Dynamic) and (rounded := _rounded(dynamic.of, x)) is not None:
@@ -143,6 +146,18 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
         options = {**options, "mul": True} if inner is None else {**options, "reciprocal": True}
         factor = factor if inner is None else inner
     return finish(*emit_quantize([cast], x, factor, Scheme("fp8_tensor", **options), "row"), [cast], x)
+
+
+def _raise_spread(
+    cast: fx.Node, x: fx.Node, factor: fx.Node, dynamic: Dynamic | Decline, options: dict[str, Any]
+) -> Decline | None:
+    """Raise x quantised by a scale a group that was repeated for every column of its group (torchao's blocks)."""
+    if isinstance(dynamic, Decline):
+        return dynamic
+    group, blocks = tensor(factor.args[0]).shape[-1], dynamic.of  # type: ignore[arg-type]
+    if not is_call(blocks, *VIEWS) or _viewed(blocks) is not _viewed(x) or not same(tensor(blocks).shape[-1], group):
+        return Decline("other_scale", f"the scale is of {blocks.name}, which is not what is quantised in groups of {group}")
+    return _raise_dynamic(cast, blocks, dynamic, options)
 
 
 def _raise_dynamic(cast: fx.Node, x: fx.Node, dynamic: Dynamic, options: dict[str, Any]) -> Decline | None:
@@ -229,7 +244,7 @@ def _scale(node: fx.Node, options: dict[str, Any]) -> fx.Node | Decline | None:
     if is_tensor(node) and bounds and tensor(_narrowest(node)).dtype != dtype:
         return Decline("scale_spelling", f"the floor of the scale is in {dtype}, the scale in a narrower dtype")
     node = _narrowest(node)
-    if not is_call(node, *_DIVS) or constant(node.args[1]) != FP8_MAX:
+    if not is_call(node, *DIVS) or constant(node.args[1]) != FP8_MAX:
         return None
     options["low_scale"] = tensor(node).dtype != torch.float32
     return _amax(_moved(node.args[0]), tensor(node).dtype, options)
@@ -292,9 +307,19 @@ def _inverse(amax: fx.Node) -> Dynamic | Decline | None:
     if not isinstance(of, fx.Node):
         return of
     for user in amax.users:
-        if is_call(user, *_DIVS) and constant(user.args[1]) == FP8_MAX:
+        if is_call(user, *DIVS) and constant(user.args[1]) == FP8_MAX:
             return Dynamic(of, user, options)
     return Decline("scale_spelling", "values are multiplied by 448 / amax, and nothing keeps amax / 448")
+
+
+def _spread(factor: Any) -> fx.Node | None:
+    """The scales [..., groups] of a factor that repeats each of them along its group, or None."""
+    inner = factor.args[0] if is_call(factor, *VIEWS) else None
+    copied = inner.args[0] if is_call(inner, aten.clone.default) else None
+    single = copied.args[0] if is_call(copied, aten.expand.default) else None
+    if not is_call(single, aten.unsqueeze.default) or single.args[1] not in (-1, tensor(single).dim() - 1):
+        return None
+    return single.args[0]  # type: ignore[return-value]
 
 
 def _reciprocal(node: Any) -> Any:
@@ -318,6 +343,13 @@ def _moved(node: Any) -> Any:
     """The value before views that keep every element in its place."""
     while is_call(node, *_MOVES):
         node = node.args[0]
+    return node
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The value before widening casts and views."""
+    while (inner := peel_widening(node)) is not node or is_call(node, *VIEWS):
+        node = inner if inner is not node else node.args[0]  # type: ignore[assignment]
     return node
 
 

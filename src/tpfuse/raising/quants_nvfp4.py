@@ -19,6 +19,7 @@ from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
 from tpfuse.raising.quants_emit import emit_quantize, finish
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import (
+    DIVS,
     MULS,
     VIEWS,
     aten,
@@ -34,8 +35,6 @@ from tpfuse.rewrite.match import (
     times_constant,
 )  # fmt: skip
 
-_DIVS = (aten.div.Tensor, aten.div.Scalar)
-
 
 def raise_nvfp4(cast: fx.Node) -> Decline | None:
     """Raise the quantisation whose block scales `cast` converts; None also where it converts no block scales."""
@@ -46,7 +45,7 @@ def raise_nvfp4(cast: fx.Node) -> Decline | None:
     if is_call(node, aten.clamp_min.default) and (floor := constant(node.args[1])) is not None:
         node, low = node.args[0], float(floor)
     per_block, given, divides = _given(node)
-    if not is_call(per_block, *_DIVS) or constant(per_block.args[1]) != FP4_MAX:
+    if not is_call(per_block, *DIVS) or constant(per_block.args[1]) != FP4_MAX:
         return None
     blocks = _blocks(per_block.args[0])
     if isinstance(blocks, Decline | None):
@@ -71,11 +70,11 @@ def raise_nvfp4(cast: fx.Node) -> Decline | None:
 
 def _given(node: Any) -> tuple[Any, Any, bool]:
     """(amax / 6, the global scale or None, whether the scale divides)."""
-    if is_call(node, *_DIVS) and is_tensor(node.args[1]):
+    if is_call(node, *DIVS) and is_tensor(node.args[1]):
         return node.args[0], node.args[1], True
     if is_call(node, *MULS):
         for a, b in operands(node):
-            if is_call(a, *_DIVS) and is_tensor(b):
+            if is_call(a, *DIVS) and is_tensor(b):
                 return a, b, False
     return node, None, False
 
@@ -111,7 +110,7 @@ def _is_factor(node: Any, cast: fx.Node, given: fx.Node | None, divides: bool) -
     if given is None:
         inverse = _plain(node)
         return is_call(inverse, aten.reciprocal.default) and widened(inverse.args[0])
-    if not is_call(node, *_DIVS) or not widened(node.args[1]):
+    if not is_call(node, *DIVS) or not widened(node.args[1]):
         return False
     numerator = _plain(node.args[0])
     if divides:

@@ -13,7 +13,7 @@ from tpfuse.ir.matmul import dtype_name, origins
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE, emit, substitute
-from tpfuse.rewrite.match import VIEWS, aten, is_call, same, tensor
+from tpfuse.rewrite.match import VIEWS, aten, is_call, is_tensor, only_user, operands, same, tensor
 from tpfuse.rewrite.site import site_of
 
 E4M3 = torch.float8_e4m3fn
@@ -22,13 +22,17 @@ _NAMES = ("x", "weight", "x_scale", "weight_scale", "bias", "result_scale", "out
 
 
 def raise_scaled_matmuls(graph: fx.Graph) -> list[Event]:
-    """Raise every aten._scaled_mm whose scales have a scheme; the others are declined."""
+    """Raise every aten._scaled_mm whose scales have a scheme; the others are declined.  Products take scales as they are made."""
     events = []
     for node in graph.find_nodes(op="call_function", target=aten._scaled_mm.default):
         declined = _raise(node)
         if isinstance(declined, Decline):
             node.meta[DECLINE] = declined
             events.append(Event("declined", "scaled_matmul", site_of(node), reason=declined))
+    op = registry["scaled_matmul"]
+    for node in graph.find_nodes(op="call_function", target=op.default):  # the model's own calls too
+        a = op.bind(node.args, node.kwargs)
+        node.args, node.kwargs = tuple({**a, "x_scale": scales_of(a["x_scale"])}.values()), {}
     return events
 
 
@@ -59,6 +63,11 @@ def _raise_fp4(node: fx.Node, a: dict[str, Any]) -> fx.Node | Decline:
     a.update({name: as_bytes(a[name]) for name in ("x", "weight")})
     a.update({name: scales_of(a[name]) for name in ("x_scale", "weight_scale")})
     extra = {"layout": "swizzled_128x4", "weight_layout": "swizzled_128x4", "origin": "aten::_scaled_mm"}
+    scaled = only_user(node)
+    if is_call(scaled, aten.mul.Tensor) and a["bias"] is None:  # torchao's global scales, after the product was rounded
+        factor = next(f for y, f in operands(scaled) if y is node)
+        if is_tensor(factor) and tensor(factor).numel() == 1 and tensor(factor).dtype == tensor(node).dtype:
+            node, a["alpha"], extra["origin"] = scaled, factor, "aten::_scaled_mm?rounds=first"
     return substitute(node, registry["scaled_matmul"].default, _arguments(a, scheme="nvfp4", **extra))
 
 
@@ -68,7 +77,8 @@ def _call_fp4(a: Mapping[str, Any]) -> Tensor | None:
         return None
     x, weight = (a[name].view(FP4) for name in ("x", "weight"))
     scales = (a["x_scale"], a["weight_scale"])
-    return torch.ops.aten._scaled_mm.default(x, weight, *scales, a["bias"], None, a["out_dtype"], a["fast_accum"])
+    y = torch.ops.aten._scaled_mm.default(x, weight, *scales, a["bias"], None, a["out_dtype"], a["fast_accum"])
+    return y if a["alpha"] is None else y * a["alpha"]
 
 
 origins["aten::_scaled_mm"] = _call_fp4

@@ -15,6 +15,7 @@ prims = torch.ops.prims
 
 ADDS = (aten.add.Tensor, aten.add.Scalar)
 MULS = (aten.mul.Tensor, aten.mul.Scalar)
+DIVS = (aten.div.Tensor, aten.div.Scalar)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
