@@ -85,9 +85,9 @@ def test_three_ranks(ranks, scheme):
 
 
 @pytest.mark.parametrize("ranks", [4], indirect=True)
-@pytest.mark.parametrize("scheme", ["nvfp4"])
+@pytest.mark.parametrize("scheme", ["nvfp4", "gemma"])
 def test_four_ranks(ranks, scheme):
-    check(ranks, scheme, torch.bfloat16, 64, 128)
+    check(ranks, scheme, *((torch.bfloat16, 64, 128) if scheme == "nvfp4" else (torch.float16, 64, 0)))
 
 
 @pytest.mark.parametrize("scheme", ["fp8_group128"])

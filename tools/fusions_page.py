@@ -1,0 +1,141 @@
+"""Write docs/fusions.md from the rules: what is fused, in which quantisation schemes, and the test that shows each cell.
+
+    python tools/fusions_page.py            # writes the page
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tpfuse.config import PASSES
+from tpfuse.formats import SCHEME_NAMES
+from tpfuse.fusion import composites
+from tpfuse.ir import Op, find, registry
+
+PAGE = Path(__file__).parent.parent / "docs" / "fusions.md"
+RULES = "tests/fusion/test_rules.py"
+CHAIN = "tests/dist/test_chain.py"
+MODELS = "tests/dist/test_quantised_models.py"
+COLUMNS = ("plain", *SCHEME_NAMES)
+_MIXED = ("plain", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
+# Cells that a rule's derivation does not decide: an attention kernel sees one head, a scale per token spans all of them.
+DECLINED = {("attention_quantize", "fp8_token"): f"{RULES}::test_a_scale_per_token_spans_heads"}
+# Fusions that are no pattern of one shape, and the tests that show them, by scheme ("plain" for unquantised).
+BY_HAND: dict[str, tuple[str, str, dict[str, str]]] = {
+    "all_gather_matmul": (
+        "async_tp", "all_gather → every matmul of the rows",
+        {"plain": "tests/fusion/test_async_tp.py::test_several_products_of_one_gather"},
+    ),
+    "all_gather_scaled_matmul": (
+        "async_tp", "all_gather of quantised rows and scales → every scaled_matmul of them",
+        {s: f"{RULES}::test_gathered_products[{s}]" for s in SCHEME_NAMES},
+    ),
+    "sequence_parallel": (
+        "sequence_parallel", "a residual chain of all_reduces → reduce_scatters, own rows between, all_gathers",
+        {s: f"{CHAIN}::test_two_ranks[{s}-2]" for s in _MIXED}
+        | {"fp8_group64": "tests/dist/test_sequence_parallel.py::test_models[world2-quantised-sequence_parallel]"},
+    ),
+    "merge_all_reduce": (
+        "merge_all_reduce", "all_reduce(a) + all_reduce(b) → all_reduce(a + b)",
+        {"plain": "tests/fusion/test_merge.py::test_sum[plain]"},
+    ),
+    "scale_before_all_reduce": (
+        "all_reduce_norm", "a constant factor between all_reduce and norm → before the all_reduce",
+        {"plain": "tests/fusion/test_scale.py::test_factor[True-granite]"},
+    ),
+    "engine attention": (
+        "attention_quantize", "an engine's attention operator → quantize: the operator writes the quantised rows",
+        {
+            "fp8_tensor": "tests/fusion/test_attention.py::test_quantises_itself[static]",
+            "fp8_group128": "tests/fusion/test_attention.py::test_quantises_itself[group 128]",
+            "fp8_group64": "tests/fusion/test_attention.py::test_quantises_itself[group 64]",
+            "nvfp4": "tests/fusion/test_attention.py::test_quantises_itself[NVFP4]",
+        },
+    ),
+}  # fmt: skip
+# End to end: what runs, and the test that ran it, by scheme.
+END_TO_END: dict[str, dict[str, str]] = {
+    "chain model, 2 ranks, bf16": {s: f"{CHAIN}::test_two_ranks[{s}-2]" for s in _MIXED},
+    "chain model, 3 ranks, fp16": {s: f"{CHAIN}::test_three_ranks[{s}-3]" for s in _MIXED},
+    "chain model, 4 ranks": {"nvfp4": f"{CHAIN}::test_four_ranks[nvfp4-4]"},
+    "chain model with Gemma's norm, 4 ranks": {"plain": f"{CHAIN}::test_four_ranks[gemma-4]"},
+    **{
+        f"{name}, 2 ranks": {s: f"{MODELS}::{test}" for s in _MIXED}
+        for name, test in {
+            "Llama": "test_both_ranges[llama-2]", "Gemma3": "test_both_ranges[gemma3_text-2]",
+            "DeepSeek-V3": "test_both_ranges[deepseek_v3-2]", "Qwen3": "test_small_range[2]",
+        }.items()
+    },
+    "attention of Qwen3, Gemma3": dict.fromkeys(
+        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[qwen3]"
+    ),
+    "latent attention of DeepSeek-V2": dict.fromkeys(
+        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[deepseek_v2]"
+    ),
+    "latent attention of DeepSeek-V3": dict.fromkeys(
+        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[deepseek_v3]"
+    ),
+    "latent attention as an operator, column-major, TMA-aligned, packed UE8M0": {
+        s: f"{RULES}::test_latent_attention[{s}-col+tma+ue8m0_packed]" for s in ("fp8_group128", "fp8_group64")
+    },
+    "Llama's greedy tokens": {s: f"{MODELS}::test_greedy_tokens[{s}-2]" for s in ("plain", "fp8_tensor", "nvfp4")},
+}  # fmt: skip
+
+HEAD = """# Fusions
+
+Written by `python tools/fusions_page.py` from the rules; a test compares the page with them and looks up every test that it
+names. A number in a cell is a test, listed at the end; an empty cell has none and is not claimed. "plain" is unquantised
+(bf16, fp16, FP32); the schemes are described in `tpfuse.formats`. All of it runs on the operators' bodies, with gloo on CPU;
+which operators have kernels is said in [kernels.md](kernels.md).
+
+A rule fires with any subset of its operator's results alive, with and without each optional step (a bias after the sum, a
+scaled residual), for any epsilon and weight bias. The closest chain that must not be fused has a test too:
+`tests/fusion/test_rules.py::test_the_closest_chain_is_not_fused`.
+"""
+
+
+class Notes:
+    """The tests that cells name, numbered in the order of their first mention."""
+
+    def __init__(self) -> None:
+        self.tests: dict[str, int] = {}
+
+    def cell(self, test: str | None, mark: str = "") -> str:
+        return "" if test is None else f"{mark}{self.tests.setdefault(test, len(self.tests) + 1)}"
+
+
+def chain_of(op: Op) -> str:
+    """The smaller operators of a composite, in order."""
+    rule = composites.rules_of(op)[0]
+    named = [o.name if (o := find(t)) else str(t).split(".")[1] for t in rule.targets]
+    return " → ".join(named)
+
+
+def derived() -> Iterator[tuple[str, str, str, dict[str, str]]]:
+    """(operator, pass, chain, tests by scheme) of every composite whose rule is derived from its body."""
+    composite = [op for op in registry.values() if op.fuse in PASSES and not op.variadic]
+    for op in sorted(composite, key=lambda op: PASSES.index(str(op.fuse))):
+        columns = SCHEME_NAMES if "scheme" in op.params else ("plain",)
+        tests = {s: f"{RULES}::test_fires[{op.name}-{s}]" for s in columns if (op.name, s) not in DECLINED}
+        yield op.name, str(op.fuse), chain_of(op), tests
+
+
+def page() -> tuple[str, list[str]]:
+    """The page, and the tests that it names."""
+    notes = Notes()
+    titles = " | ".join(c.removeprefix("fp8_") if c == "plain" else c for c in COLUMNS)
+    lines = [HEAD, f"| operator | pass | replaces | {titles} |", "|---|---|---|" + "---|" * len(COLUMNS)]
+    for name, owner, what, tests in [*derived(), *((n, *row) for n, row in BY_HAND.items())]:
+        cells = [notes.cell(tests.get(c)) or notes.cell(DECLINED.get((name, c)), "declined ") for c in COLUMNS]
+        lines.append(f"| {name} | {owner} | {what} | {' | '.join(cells)} |")
+    lines += ["", "## End to end", "", f"| model | {titles} |", "|---|" + "---|" * len(COLUMNS)]
+    for name, tests in END_TO_END.items():
+        lines.append(f"| {name} | {' | '.join(notes.cell(tests.get(c)) for c in COLUMNS)} |")
+    lines += ["", "## Tests", "", *(f"{number}. `{test}`" for test, number in notes.tests.items()), ""]
+    return "\n".join(lines), list(notes.tests)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page()[0])
+    print(f"wrote {PAGE}")
