@@ -138,6 +138,10 @@ SANDWICH = {
     "operator": "all_reduce_rms_norm_add_rms_norm", "residual": True, "bias": False, "weight": True, "weight_bias": 1.0,
     "alpha": 1.0, "scheme": "", "layout": "", "sandwich": True, "alive": (False, False, True, True),
 }  # fmt: skip
+QUANTISED = {
+    "operator": "all_reduce_rms_norm_add_rms_norm_quantize", "scheme": "fp8_group64", "layout": "row",
+    "alive": (True, True, False, True),
+}  # fmt: skip
 
 
 def fitting(scheme: tuple[str, str], sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -150,6 +154,7 @@ def all_cases() -> list[dict[str, Any]]:
     return [
         *(case for scheme in SCHEMES for case in product([scheme], fitting(scheme, SIZES))),
         {**SANDWICH, "tokens": 3, "hidden": 200},
+        {**SANDWICH, **QUANTISED, "tokens": 3, "hidden": 208},
         {**half, "alive": (False, False, True, True)},
         {**half, "alive": (False, False, True, False), "rounding": "cast_first+keep_f32"},
         {**SANDWICH, "tokens": 2, "hidden": 512, "dtype": "float16"},

@@ -25,5 +25,5 @@ def _run(call: NormCall) -> tuple[Tensor, ...]:
 
 (
     all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
-    all_reduce_rms_norm_add_rms_norm,
+    all_reduce_rms_norm_add_rms_norm, all_reduce_rms_norm_add_rms_norm_quantize,
 ) = calls.operators(_run)  # fmt: skip

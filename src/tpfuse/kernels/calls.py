@@ -18,7 +18,7 @@ from .rows import DYNAMIC, NO_SCHEME, NVFP4, TENSOR
 
 ALL_REDUCES = (
     "all_reduce_rms_norm", "all_reduce_add_rms_norm", "all_reduce_rms_norm_quantize", "all_reduce_add_rms_norm_quantize",
-    "all_reduce_rms_norm_add_rms_norm",
+    "all_reduce_rms_norm_add_rms_norm", "all_reduce_rms_norm_add_rms_norm_quantize",
 )  # fmt: skip
 NO_QUANTISE: dict[str, Any] = {
     "SCHEME": NO_SCHEME.value, "GROUP": 1, "INVERT": False, "FLOOR": 0.0, "LOW": 0.0, "HIGH": math.inf, "POW2": False,

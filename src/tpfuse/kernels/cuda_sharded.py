@@ -117,8 +117,12 @@ reduce_scatter_add_rms_norm = _operator("reduce_scatter_add_rms_norm")
 reduce_scatter_rms_norm_add_rms_norm = _operator("reduce_scatter_rms_norm_add_rms_norm")
 reduce_scatter_rms_norm_quantize = _operator("reduce_scatter_rms_norm_quantize")
 reduce_scatter_add_rms_norm_quantize = _operator("reduce_scatter_add_rms_norm_quantize")
+reduce_scatter_rms_norm_add_rms_norm_quantize = _operator("reduce_scatter_rms_norm_add_rms_norm_quantize")
 reduce_scatter_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_all_gather")
 reduce_scatter_add_rms_norm_all_gather = _operator("reduce_scatter_add_rms_norm_all_gather")
 reduce_scatter_rms_norm_add_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_add_rms_norm_all_gather")
 reduce_scatter_rms_norm_quantize_all_gather = _operator("reduce_scatter_rms_norm_quantize_all_gather")
 reduce_scatter_add_rms_norm_quantize_all_gather = _operator("reduce_scatter_add_rms_norm_quantize_all_gather")
+reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather = _operator(
+    "reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather"
+)

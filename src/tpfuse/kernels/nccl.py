@@ -19,5 +19,5 @@ def _run(call: NormCall) -> tuple[Tensor, ...]:
 
 
 (
-    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize, _,
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize, *_,
 ) = calls.operators(_run)  # fmt: skip

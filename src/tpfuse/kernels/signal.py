@@ -36,6 +36,7 @@ OPERATORS = (
     "all_reduce_rms_norm_quantize",
     "all_reduce_add_rms_norm_quantize",
     "all_reduce_rms_norm_add_rms_norm",
+    "all_reduce_rms_norm_add_rms_norm_quantize",
     *(
         f"reduce_scatter_{norm}{quantize}{gather}"
         for norm in ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm") for quantize in ("", "_quantize")

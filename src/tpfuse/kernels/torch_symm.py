@@ -81,9 +81,9 @@ def _run(algorithm, call: NormCall) -> tuple[Tensor, ...]:
 
 (
     one_shot_all_reduce_rms_norm, one_shot_all_reduce_add_rms_norm, one_shot_all_reduce_rms_norm_quantize,
-    one_shot_all_reduce_add_rms_norm_quantize, _,
+    one_shot_all_reduce_add_rms_norm_quantize, *_,
 ) = calls.operators(partial(_run, one_shot))  # fmt: skip
 (
     two_shot_all_reduce_rms_norm, two_shot_all_reduce_add_rms_norm, two_shot_all_reduce_rms_norm_quantize,
-    two_shot_all_reduce_add_rms_norm_quantize, _,
+    two_shot_all_reduce_add_rms_norm_quantize, *_,
 ) = calls.operators(partial(_run, two_shot))  # fmt: skip

@@ -29,12 +29,13 @@ def _sharded(op: Op) -> None:
 
 for _op in (
     fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
-    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize,
+    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.all_reduce_rms_norm_add_rms_norm_quantize,
 ):  # fmt: skip
     _op.kernel("cuda", f"tpfuse.kernels.cuda_norm:{_op.name}", collective_supports, "one_shot", PREPARE, on_request=True)
 for _op in (
     shard.reduce_scatter_rms_norm, shard.reduce_scatter_add_rms_norm, shard.reduce_scatter_rms_norm_add_rms_norm,
     shard.reduce_scatter_rms_norm_quantize, shard.reduce_scatter_add_rms_norm_quantize,
+    shard.reduce_scatter_rms_norm_add_rms_norm_quantize, shard.reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather,
     shard.reduce_scatter_rms_norm_all_gather, shard.reduce_scatter_add_rms_norm_all_gather,
     shard.reduce_scatter_rms_norm_add_rms_norm_all_gather, shard.reduce_scatter_rms_norm_quantize_all_gather,
     shard.reduce_scatter_add_rms_norm_quantize_all_gather,

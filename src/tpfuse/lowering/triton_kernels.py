@@ -150,7 +150,7 @@ def _local(op: Op, supports: Supports) -> None:
 
 for _op in (
     fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
-    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize,
+    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.all_reduce_rms_norm_add_rms_norm_quantize,
 ):  # fmt: skip
     _collective(_op)
 _local(fused.rms_norm_quantize, norm_supports)
