@@ -39,6 +39,7 @@ def group(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    pytest.importorskip("torchao")
     from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
     return nvfp4_quantize(x, 16, torch.full((), 0.002))
@@ -118,6 +119,7 @@ def test_a_scale_of_all_tokens_is_not_fused(quantise: Callable[..., Any]) -> Non
 
 
 def nvfp4_of_all(x: Tensor) -> tuple[Tensor, Tensor]:
+    pytest.importorskip("torchao")
     from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize
 
     return nvfp4_quantize(x, 16, x.abs().max().float() / 2688)
