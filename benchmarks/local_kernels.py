@@ -161,21 +161,16 @@ def heads() -> Iterator[Point]:
 
 
 def attended(backend: SDPBackend) -> Callable[..., Any]:
-    """Attention by one of torch's implementations, which is chosen when the function is first traced; then quantise."""
+    """Attention by one of torch's implementations, then quantise."""
 
     def fn(q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        with sdpa_kernel(backend):  # in the graph: outside, compiled functions that share this code would share one graph
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
         return plain.quantise(out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1), scale, scheme)
 
-    inner = compiled(fn)
-
-    def call(*args: Any) -> Any:
-        with sdpa_kernel(backend):
-            return inner(*args)
-
-    return call
+    return compiled(fn)
 
 
 def attentions(tiles: bool) -> Iterator[Point]:
