@@ -10,8 +10,6 @@ from typing import Any
 
 from tpfuse.target import Range
 
-STATUSES = ("fired", "declined", "lowered", "unfused")
-
 
 @dataclass(frozen=True)
 class Decline:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,3 +120,11 @@ def test_the_table_names_its_baseline(capsys):
     assert "all_reduce_add_rms_norm" in out and "8 × 4096" in out
 
 
+@pytest.mark.parametrize("scheme", ["", "fp8_group128"])
+def test_what_lowering_picks_for_a_sharded_residual(scheme):
+    from tpfuse.measure.sharded import ShardedPoint, picked_sharded
+
+    point = ShardedPoint(scheme, 4096, 128)
+    assert picked_sharded(point, H100, BUILT_IN) is None  # without the CUDA back end it is taken apart
+    with_cuda = replace(H100, backends=H100.backends | {"cuda"})
+    assert picked_sharded(point, with_cuda, BUILT_IN) == "tpfuse:cuda:sharded"

@@ -18,7 +18,7 @@ from tpfuse.formats import Scheme
 from tpfuse.lowering.table import Table
 from tpfuse.measure import results
 from tpfuse.measure.points import Point, Sweep, grid
-from tpfuse.measure.sharded import ShardedPoint, implementations
+from tpfuse.measure.sharded import ShardedPoint, implementations, picked_sharded
 
 TOKENS = (1, 8, 32, 64, 96, 128, 200, 256, 512, 700, 1024, 1500, 2048)  # four of them off the grid that tune measures
 HIDDEN = (4096, 5120, 8192)
@@ -127,7 +127,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
 
     def picked(point: Point) -> str | None:
         if isinstance(point, ShardedPoint):
-            return "tpfuse:cuda:sharded"  # the one kernel of these operators
+            return picked_sharded(point, ranks.target, job.table)
         return picked_impl(point, ranks.target, job.table)
 
     def build(point: Point) -> Any:

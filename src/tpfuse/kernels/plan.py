@@ -47,16 +47,16 @@ class RowPlan:
     warps: int
 
     @staticmethod
-    def of(hidden: int, itemsize: int, vectors_per_thread: int = 1) -> RowPlan:
+    def of(hidden: int, itemsize: int) -> RowPlan:
         """One vector a thread where 1024 threads suffice.  At least 512 columns, so that every group layout fits."""
         per_vector = VECTOR_BYTES // itemsize
         vectors = 1 << (max(ceil_div(hidden, per_vector), 512 // per_vector) - 1).bit_length()
-        return RowPlan(vectors, vectors * per_vector, min(32, max(1, vectors // 32 // vectors_per_thread)))
+        return RowPlan(vectors, vectors * per_vector, min(32, max(1, vectors // 32)))
 
 
-def resident_blocks(sms: int, warps: int, concurrency: int = 1) -> int:
-    """Blocks of `warps` warps that are certainly resident at once when `concurrency` such kernels run side by side."""
-    return max(1, sms * max(1, THREADS_PER_SM // (32 * warps)) // concurrency)
+def resident_blocks(sms: int, warps: int) -> int:
+    """Blocks of `warps` warps that are certainly resident at once on so many multiprocessors."""
+    return max(1, sms * max(1, THREADS_PER_SM // (32 * warps)))
 
 
 @dataclass(frozen=True)

@@ -42,18 +42,3 @@ def row_to_words(row, DTYPE: tl.constexpr, VECTORS: tl.constexpr):
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
-
-
-@triton.jit
-def bytes_to_words(row, WORDS: tl.constexpr):
-    """int8 [4 * WORDS] -> int32 [WORDS], the lowest byte first."""
-    low, high = tl.split(tl.reshape(row.to(tl.int32) & 255, [WORDS * 2, 2]))
-    low, high = tl.split(tl.reshape(low | (high << 8), [WORDS, 2]))
-    return low | (high << 16)
-
-
-@triton.jit
-def words_to_bytes(words, WORDS: tl.constexpr):
-    """The inverse: int32 [WORDS] -> int8 [4 * WORDS]."""
-    halves = interleave(words, words >> 16, WORDS)
-    return interleave(halves, halves >> 8, WORDS * 2).to(tl.int8)

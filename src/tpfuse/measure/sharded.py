@@ -20,7 +20,7 @@ from tpfuse.lowering import select
 from tpfuse.lowering.table import Table
 from tpfuse.measure.collectives import OWN, UNFUSED, Collectives, impl_of, shapes
 from tpfuse.measure.points import AGAIN, HBM, NVLINK, Point
-from tpfuse.target import Range
+from tpfuse.target import Range, Target
 
 PASS = "sequence_parallel"
 SCATTERED = "nccl_reduce_scatter+inductor+nccl_all_gather"
@@ -88,6 +88,12 @@ def forms(built: Collectives, point: ShardedPoint, table: Table) -> dict[str, Ca
 def relabelled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of `forms` under the name of the pass that they decide on."""
     return [{**row, "op": PASS} for row in rows]
+
+
+def picked_sharded(point: ShardedPoint, target: Target, table: Table) -> str | None:
+    """What lowering would run at this point, by its name in result files; None where it would take the operator apart."""
+    found = select.pick(point.op, {**shapes(point), "rows": point.tokens}, target, "auto", table)
+    return impl_of(found.kernels[-1][1].name) if isinstance(found, select.Pick) else None
 
 
 def _without_index(launch: Callable[[], Any], i: int) -> Any:
