@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tpfuse.ir import fused
+from tpfuse.ir.op import Kernel
 from tpfuse.lowering.choice import choose
 from tpfuse.lowering.select import EVERY, Pick, pick
 from tpfuse.lowering.table import Entry, Table
@@ -175,6 +176,42 @@ def test_the_size_of_a_call_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch):
         launcher(x, x, None, None, 1.0, 1e-6, 0.0, "cast_first", "group", alive=(True, False))
     assert [module for module, _ in launched] == ["allreduce_norm", "two_shot", "two_shot", "nccl"]
     assert all(alive == (True, False) for _, alive in launched)
+
+
+def test_the_rows_that_meet_next_to_a_product():
+    from tpfuse.ir import overlap
+    from tpfuse.ir.op import Message
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, q = empty(6, 48), empty(6, 48, dtype=torch.float8_e4m3fn)
+    args: dict[str, Any] = {"x": x, "weight": empty(48, 80)}
+    assert overlap.matmul_reduce_scatter.message(args) == Message(6, 80, torch.bfloat16, across=48)
+    found = overlap.scaled_matmul_reduce_scatter.message({**args, "x": q, "out_dtype": "float16"})
+    assert found == Message(6, 80, torch.float16, across=48)  # sums, which are not quantised
+    weights = [empty(48, 80), empty(48, 16)]
+    assert overlap.all_gather_matmul.message({"x": x, "weights": weights}) == Message(6, 48, torch.bfloat16, True, 96)
+    found = overlap.all_gather_scaled_matmul.message({"x": q, "weights": weights, "out_dtype": "bfloat16"})
+    assert found == Message(6, 48, torch.float8_e4m3fn, True, 96) and found.row_bytes == 48
+
+
+def test_the_rows_of_all_ranks_choose_the_kernel(monkeypatch: pytest.MonkeyPatch):
+    from tpfuse.ir import overlap
+
+    class Three:
+        def size(self) -> int:
+            return 3
+
+    launched = []
+    monkeypatch.setattr("tpfuse.shim.resolve_group", lambda name: Three())
+    monkeypatch.setattr(sys.modules["tpfuse.ir.op"], "load", lambda path: lambda *args, alive: launched.append(path))
+    op = overlap.all_gather_matmul
+    monkeypatch.setattr(op, "kernels", [Kernel(name, name, lambda args, target: None) for name in ("nccl", "torch")])
+    for rows in (8, 9):  # own ones
+        args = torch.zeros(rows, 64), [torch.zeros(64, 5)], [None], None, False, "g"
+        op.launcher(f"nccl<={3 * 8 * 64 * 4},torch")(*args, alive=())
+    assert launched == ["nccl", "torch"]
 
 
 def test_all_kernels_of_a_pick_are_prepared():

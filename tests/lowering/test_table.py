@@ -44,6 +44,19 @@ def test_the_width_measured_wins_over_every_width():
     assert TABLE.find("sequence_parallel", torch.bfloat16, 2, hidden=4096) == SP
 
 
+def test_the_nearest_sizes_count_the_messages_width_first():
+    found = [Entry("matmul_reduce_scatter", "bfloat16", 2, ((None, str(i)),), "", n, k)
+             for i, (n, k) in enumerate([(4096, 7168), (8192, 4096), (8192, 14336)])]  # fmt: skip
+    table = Table("", {}, tuple(found))
+
+    def nearest(hidden: int, across: int | None) -> str:
+        entry = table.find("matmul_reduce_scatter", torch.bfloat16, 2, "", hidden, across)
+        assert entry is not None
+        return entry.choice(1)
+
+    assert [nearest(4096, 4096), nearest(8192, 4096), nearest(7168, 10240), nearest(8192, 5120)] == ["0", "1", "2", "1"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "world", "size", "code"),
     [
@@ -81,7 +94,7 @@ def test_stale():
 def test_json_is_what_the_docstring_shows():
     data = json.loads(Table("m", VERSIONS, (SP,)).to_json())
     assert data["entries"][0] == {
-        "op": "sequence_parallel", "dtype": "bfloat16", "world": 2, "scheme": "", "hidden": None,
+        "op": "sequence_parallel", "dtype": "bfloat16", "world": 2, "scheme": "", "hidden": None, "across": None,
         "steps": [[1 << 20, "off"], [None, "on"]],
     }  # fmt: skip
 

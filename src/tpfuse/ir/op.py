@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -51,6 +52,25 @@ class Kernel:
         return f"{self.backend}:{self.algorithm}" if self.algorithm else self.backend
 
 
+@dataclass(frozen=True)
+class Message:
+    """The rows that meet in a collective: what tables measure sizes by and workspaces are made for.
+
+    rows: of this rank's argument.  shared: each rank has a part of them, so there are as many times more as ranks.
+    across: of a product next to the collective the dimension of the weights that is not `columns`, several weights' together.
+    """
+
+    rows: Any
+    columns: Any
+    dtype: torch.dtype
+    shared: bool = False
+    across: int | None = None
+
+    @property
+    def row_bytes(self) -> Any:
+        return self.columns * self.dtype.itemsize
+
+
 class Op:
     """An operator: `reference` (the body), `fake`, `rows`, `kernels`.
 
@@ -70,6 +90,7 @@ class Op:
         fuse: str | None,
         guard: Callable[[Args], Decline | None],
         opaque: Callable[[Args], bool],
+        message: Callable[[Args], Message] | None,
     ) -> None:
         self.reference = reference
         self.name = reference.__name__
@@ -81,6 +102,7 @@ class Op:
         self.fuse = fuse
         self.guard = guard
         self.opaque = opaque
+        self._message = message
         self.kernels: list[Kernel] = [Kernel("reference", "", lambda args, target: None)]
         self.params = list(inspect.signature(reference).parameters)
         self.collective = rows == "collective"
@@ -167,9 +189,17 @@ class Op:
 
     def _by_size(self, launches: list[tuple[int, Callable[..., Any]]], *args: Any, alive: tuple[bool, ...]) -> Any:
         """Ranks have the same sizes, so they choose alike."""
-        x = args[self.params.index(self.row_args[0])]
-        message = x.numel() * x.element_size()
-        return next(launch for limit, launch in launches if message <= limit)(*args, alive=alive)
+        bound = dict(zip(self.params, args, strict=True))
+        message = self.message(bound)
+        size = message.rows * message.row_bytes * (shim.resolve_group(bound["group"]).size() if message.shared else 1)
+        return next(launch for limit, launch in launches if size <= limit)(*args, alive=alive)
+
+    def message(self, args: Args) -> Message:
+        """What meets in the collective of a call with these arguments: unless it was declared, the rows of the first one."""
+        if self._message is not None:
+            return self._message(args)
+        x = args[self.row_args[0]]
+        return Message(math.prod(x.shape[:-1]), x.shape[-1], x.dtype)
 
     def _launch(self, *args: Any, kernel: str | None = None, alive: int | None = None) -> Any:
         own, name, living, wide = self._own(args, kernel, alive)
@@ -233,17 +263,18 @@ def op(
     fuse: str | None = None,
     guard: Callable[[Args], Decline | None] = lambda args: None,
     opaque: Callable[[Args], bool] = lambda args: False,
+    message: Callable[[Args], Message] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an operator.
 
     fuse: the pass whose rules are derived from the body, if any: a name of `config.PASSES`, or "always" for a composite that
     others build on.  commutes: two row arguments that may be exchanged.  guard: why a match must not become this operator.
     opaque: whether, for these arguments, the body must never be inlined: its aten form depends on the rank, or on whether
-    the world size divides the rows.
+    the world size divides the rows.  message: what meets in the collective, where that is not the first row argument.
     """
 
     def declare(reference: Callable[..., Any]) -> Op:
-        declared = Op(reference, fake, sample, rows, row_args, commutes, fuse, guard, opaque)
+        declared = Op(reference, fake, sample, rows, row_args, commutes, fuse, guard, opaque, message)
         registry[declared.name] = declared
         return declared
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tpfuse.ir.collective import all_gather, all_gather_quantized, reduce_scatter
 from tpfuse.ir.matmul import matmul, matmul_sample, scaled_matmul, scaled_sample
-from tpfuse.ir.op import op
+from tpfuse.ir.op import Args, Message, op
 
 _SCALED = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
@@ -39,7 +40,20 @@ def _scaled_gather_sample(**shape: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@op(sample=_scatter_sample, rows="collective", fuse="async_tp")
+def scattered(args: Args) -> Message:
+    """The products, which are summed; a product of quantised rows is of `out_dtype`."""
+    x, weight = args["x"], args["weight"]
+    dtype = getattr(torch, args["out_dtype"]) if "out_dtype" in args else x.dtype
+    return Message(x.shape[0], weight.shape[1], dtype, across=weight.shape[0])
+
+
+def gathered(args: Args) -> Message:
+    """The rows as they are multiplied: quantised ones with `columns` of their own dtype."""
+    x = args["x"]
+    return Message(x.shape[0], x.shape[1], x.dtype, shared=True, across=sum(weight.shape[1] for weight in args["weights"]))
+
+
+@op(sample=_scatter_sample, rows="collective", fuse="async_tp", message=scattered)
 def matmul_reduce_scatter(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, padded: bool = False, group: str = ""
 ) -> Tensor:
@@ -50,7 +64,7 @@ def matmul_reduce_scatter(
     return reduce_scatter(matmul(x, weight, bias), group, padded)
 
 
-@op(sample=_scaled_scatter_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp")
+@op(sample=_scaled_scatter_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp", message=scattered)
 def scaled_matmul_reduce_scatter(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None = None,
     result_scale: Tensor | None = None, alpha: Tensor | None = None, scheme: str = "fp8_tensor", layout: str = "row",
@@ -64,7 +78,7 @@ def scaled_matmul_reduce_scatter(
     return reduce_scatter(y, group, padded)
 
 
-@op(sample=_gather_sample, rows="collective", fuse="async_tp")
+@op(sample=_gather_sample, rows="collective", fuse="async_tp", message=gathered)
 def all_gather_matmul(
     x: Tensor, weights: list[Tensor], biases: list[Tensor | None], rows: int | None = None, keep: bool = False,
     group: str = "",
@@ -79,7 +93,7 @@ def all_gather_matmul(
     return [*products, gathered] if keep else products
 
 
-@op(sample=_scaled_gather_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp")
+@op(sample=_scaled_gather_sample, rows="collective", row_args=("x", "x_scale"), fuse="async_tp", message=gathered)
 def all_gather_scaled_matmul(
     x: Tensor, x_scale: Tensor, weights: list[Tensor], weight_scales: list[Tensor], biases: list[Tensor | None],
     result_scales: list[Tensor | None], alphas: list[Tensor | None], scheme: str = "fp8_tensor", layout: str = "row",

@@ -101,7 +101,7 @@ def pick(
     entry = measured(op, args, target, table)
     why = "no measurement" if preference == "auto" else f"kernels={preference}"
     if entry is not None:
-        row = args[op.row_args[0]].shape[-1] * args[op.row_args[0]].dtype.itemsize
+        row = op.message(args).row_bytes
         low, high = limits.start * row, None if limits.end == UNBOUNDED else limits.end * row
         choice = choose(entry, low, high, lambda kernel: kernel in usable and reasons[kernel] is None)
         if choice.steps:
@@ -119,12 +119,13 @@ def pick(
 
 def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> Entry | None:
     """What the table says of an operator; None where nothing was measured."""
-    x = args[op.row_args[0]]
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(args[op.row_args[0]], torch.Tensor):
+        return None
+    message = op.message(args)
+    if not isinstance(message.columns, int):
         return None
     scheme = Scheme.parse(args["scheme"]).name if "scheme" in args else ""
-    hidden = x.shape[-1]
-    return table.find(op.name, x.dtype, target.world, scheme, hidden) if isinstance(hidden, int) else None
+    return table.find(op.name, message.dtype, target.world, scheme, message.columns, message.across)
 
 
 def _final(
@@ -199,7 +200,7 @@ def schedule(graph: fx.Graph, ranks: Callable[[str], tuple[int, ...]]) -> dict[s
 
 @dataclass
 class Need:
-    """What the kernels of one group want prepared: the widest rows, the dtypes, by what."""
+    """What the kernels of one group want prepared: the widest rows that meet in a collective, their dtypes."""
 
     hidden: int = 0
     dtypes: set[torch.dtype] = field(default_factory=set)
@@ -215,10 +216,10 @@ def needs(graph: fx.Graph) -> dict[tuple[str, str], Need]:
         bound = dict(zip(["channel", *op.params, "kernel", "alive"], node.args, strict=True))
         kernels = op.find_kernels(bound["kernel"].rsplit("|", 1)[-1])
         for prepare in {kernel.prepare for _, kernel in kernels if kernel.prepare}:
-            x = bound[op.row_args[0]].meta["val"]
+            message = op.message(fx.node.map_arg(bound, lambda n: n.meta["val"]))
             need = found.setdefault((prepare, bound["group"]), Need())
-            need.hidden = max(need.hidden, int(x.shape[-1]))
-            need.dtypes.add(x.dtype)
+            need.hidden = max(need.hidden, int(message.columns))
+            need.dtypes.add(message.dtype)
     return found
 
 

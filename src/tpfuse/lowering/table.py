@@ -4,11 +4,13 @@ A table is a JSON file that `tpfuse tune` writes:
 
     {"machine": "2 x NVIDIA H100", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
      "entries": [{"op": "sequence_parallel", "scheme": "", "dtype": "bfloat16", "world": 2, "hidden": null,
-                  "steps": [[8388608, "off"], [null, "on"]]}]}
+                  "across": null, "steps": [[8388608, "off"], [null, "on"]]}]}
 
-A step's choice holds up to and with its bytes (of the rows that meet in the collective: tokens · width · item size), null
-without end.  Choices of an operator are kernels by name ("triton:one_shot") or "unfused", those of a pass "on" and "off".
-A width that was not measured is served by the nearest one that was, by their ratio.
+A step's choice holds up to and with its bytes, null without end.  Choices of an operator are kernels by name
+("triton:one_shot") or "unfused", those of a pass "on" and "off".  Bytes are of the rows that meet in the collective, all ranks'
+together: tokens · hidden · item size.  Next to a product dtype and hidden are theirs too (`Op.message`): of the product
+before a reduce-scatter, of what is gathered before a product, quantised rows by their own dtype; `across` is the other dimension
+of the weights.  A size that was not measured is served by the nearest one that was, by their ratio, `hidden` before `across`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ IN_GRAPH = (UNFUSED, "on", "off")  # what a graph is made for; between kernels i
 class Entry:
     """Choices for one operator at one dtype ("bfloat16") and world size.
 
-    hidden: the width it was measured at; None for every width.  steps: (bytes, choice), ascending, the last without end.
+    hidden, across: the sizes it was measured at; None for every one.  steps: (bytes, choice), ascending, the last without end.
     """
 
     op: str
@@ -41,6 +43,7 @@ class Entry:
     steps: tuple[tuple[int | None, str], ...]
     scheme: str = ""
     hidden: int | None = None
+    across: int | None = None
 
     def __post_init__(self) -> None:
         ends = [end for end, _ in self.steps]
@@ -107,17 +110,13 @@ class Table:
         changed = [f"{name} was {then}, is {now}" for name, then, now in pairs if then != now]
         return Decline("stale_table", "; ".join(changed) + "; run tpfuse tune") if changed else None
 
-    def find(self, op: str, dtype: Any, world: int, scheme: str = "", hidden: int | None = None) -> Entry | None:
-        """The entry for this width, else one for every width, else the nearest width's; None: nothing was measured."""
+    def find(
+        self, op: str, dtype: Any, world: int, scheme: str = "", hidden: int | None = None, across: int | None = None
+    ) -> Entry | None:
+        """The entry for these sizes, else one for every size, else the nearest ones'; None: nothing was measured."""
         name = str(dtype).removeprefix("torch.")
         same = [e for e in self.entries if (e.op, e.dtype, e.world, e.scheme) == (op, name, world, scheme)]
-
-        def distance(entry: Entry) -> float:
-            if entry.hidden == hidden:
-                return -2.0
-            return -1.0 if entry.hidden is None or hidden is None else abs(math.log(entry.hidden / hidden))
-
-        return min(same, key=distance, default=None)
+        return min(same, key=lambda e: (_apart(e.hidden, hidden), _apart(e.across, across)), default=None)
 
     def refuses(
         self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None, scheme: str = ""
@@ -152,6 +151,12 @@ class Table:
 
 BUILT_IN = Table()
 """Until something is measured: all-reduce + norm wherever a kernel serves it, no other form, one range."""
+
+
+def _apart(measured: int | None, size: int | None) -> float:
+    if measured == size:
+        return -2.0
+    return -1.0 if measured is None or size is None else abs(math.log(measured / size))
 
 
 def _step(end: int | None, choice: str) -> str:
