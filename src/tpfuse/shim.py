@@ -103,6 +103,19 @@ def nvrtc(source: str, name: str, architecture: str, options: list[str]) -> byte
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def multiply_in_blocks(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, square: bool, fast: bool, out: Tensor
+) -> Tensor:
+    """x @ weight, FP8, into `out`: scales by 1 x 128 columns of x, and by 128 x 128 blocks (square) or 128 x 1 of the weight."""
+    from torch.nn.functional import ScalingType, SwizzleType
+
+    plain, row = SwizzleType.NO_SWIZZLE.value, ScalingType.BlockWise1x128.value
+    weight_by = ScalingType.BlockWise128x128.value if square else row
+    return torch.ops.aten._scaled_mm_v2.out(
+        x, weight, [x_scale], [row], [plain], [weight_scale], [weight_by], [plain], None, out.dtype, [], fast, out=out
+    )
+
+
 def disable_multicast() -> None:
     """From now on torch's symmetric memory creates no multicast objects, whoever allocates it."""
     import os

@@ -15,6 +15,7 @@ from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
 from tpfuse.lowering import cuda_kernels as _cuda  # noqa: F401
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
+from tpfuse.lowering import product_kernels as _products  # noqa: F401
 from tpfuse.lowering import residuals
 from tpfuse.lowering import triton_kernels as _own  # noqa: F401
 from tpfuse.lowering.choice import choose
@@ -42,10 +43,15 @@ def lower(
     while pending:
         node = pending.pop(0)
         op = find(node.target)
-        if op is None or op.fuse in (None, "always"):
+        if op is None:
+            continue
+        single = op.fuse in (None, "always")  # no composite: its body goes back to aten unless it has a kernel of its own
+        if single and len(op.kernels) == 1:
             continue
         args = fx.node.map_arg(op.bind(node.args, node.kwargs), lambda n: n.meta["val"])
         found = pick(op, args, targets(args.get("group")), preference, table, limits)
+        if single and (isinstance(found, Decline) or found.name == "reference"):
+            continue
         if isinstance(found, Pick):
             chosen.append((node, op, found))
             events.append(Event("lowered", op.name, site_of(node), attributes={"kernel": found.name, "why": found.why}))
