@@ -36,7 +36,7 @@ def multipliable(args: Args, target: Target) -> Decline | None:
     if Layout.parse(args["layout"]).ue8m0_packed:
         return Decline("packed_scales", "scales packed to int32 are for other hardware's units")
     if scheme != "nvfp4" and not _groups(args):
-        return Decline("scale_shape", f"a weight's scales of {list(args['weight_scale'].shape)} are neither by 1 × G nor by G × G")
+        return Decline("scale_shape", f"a weight's scales of {list(args['weight_scale'].shape)} are by neither 1 × G nor G × G")
     return None
 
 
