@@ -22,7 +22,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCKS = {"README.md": "summary", "docs/performance.md": "points"}
 WHAT = {"collectives", "local_kernels", "e2e", "gemm", "gemm_collectives"}  # what has peers at their best beside it
 BOUNDS = ("empty_kernel", "gemm_alone", "no_collective")  # no implementation of the operator
-MEASURED = ("impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error")
+MEASURED = ("impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error", "operators")
 AGAIN = " (A/A)"
 
 
@@ -83,21 +83,21 @@ def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> s
 
 def room(name: str, document: Mapping[str, Any]) -> str:
     """Steps of a stack of layers: how much of what its collectives cost was won back."""
+    plain, none = "nccl+inductor", "no_collective"
+    impls = [i for i in dict.fromkeys(r["impl"] for r in document["rows"]) if i not in (plain, plain + AGAIN, none)]
+    columns = ["step", "scheme", "hidden", "tokens", plain, none, "A/A", *impls]
     lines = [
-        heading(name, document, ()), "",
-        "| step | hidden | tokens | NCCL + Inductor (µs a layer) | tpfuse | FlashInfer's operator | no collectives "
-        "| room closed by tpfuse | by FlashInfer | A/A |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"{heading(name, document, ())}  Microseconds a layer, and the share closed of the room between the first two.", "",
+        "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
     ]  # fmt: skip
     steps: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in document["rows"]:
-        steps.setdefault((row["op"], row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
+        steps.setdefault((row["op"], row["scheme"] or "–", row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
     for where, times in steps.items():
-        plain, none = times["nccl+inductor"], times["no_collective"]
-        own, peer = times["tpfuse"], times.get("flashinfer_one_shot")
-        cells = [*map(str, where), *(f"{t:.0f}" if t else "–" for t in (plain, own, peer, none))]
-        cells += [f"{(plain - t) / (plain - none):.0%}" if t else "–" for t in (own, peer)]
-        cells.append(f"{abs(times['nccl+inductor' + AGAIN] - plain) / (plain - none):.0%}")
+        whole = times[plain] - times[none]
+        cells = [*map(str, where), f"{times[plain]:.0f}", f"{times[none]:.0f}"]
+        cells.append(f"{abs(times[plain + AGAIN] - times[plain]) / whole:.0%}")
+        cells += [f"{times[i]:.0f} ({(times[plain] - times[i]) / whole:.0%})" if i in times else "–" for i in impls]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

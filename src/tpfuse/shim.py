@@ -62,11 +62,18 @@ def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[
     return buffer, [address + offset for address in handle.buffer_ptrs], handle
 
 
-def functional_all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum over the ranks as graphs spell it."""
-    from torch.distributed._functional_collectives import all_reduce
+def async_tp(group: dist.ProcessGroup) -> dict[str, Any]:
+    """The settings of Inductor under which torch's own passes overlap products with the reduce-scatters and all-gathers of
+    `group` ("async TP"), which is made ready for it; without multicast."""
+    import warnings
 
-    return all_reduce(x, "sum", group)
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    disable_multicast()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # releases that call it needless still ask for it
+        enable_symm_mem_for_group(group.group_name)
+    return {"_micro_pipeline_tp": True}
 
 
 def cuda_library() -> Any:

@@ -1,36 +1,131 @@
-"""The stack that end-to-end figures are measured on: what is compared is the same model, and all of it fuses."""
+"""The stacks that end-to-end figures are measured on: what is compared is the same model in each form, and all of it fuses."""
+
+from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tpfuse.config import Config
-from tpfuse.measure.e2e import PLAIN, ROOM, Runner, Variant, closed
-from tpfuse.measure.stack import SHAPES, Shape, Stack
+from tpfuse import shim
+from tpfuse.config import PASSES, Config
+from tpfuse.measure.e2e import (
+    ASYNC,
+    FORCED,
+    OURS,
+    PLAIN,
+    ROOM,
+    SHARDED,
+    Runner,
+    Variant,
+    closed,
+    decode_variants,
+    prefill_variants,
+)  # fmt: skip
+from tpfuse.measure.forms import ALONE, all_reduced, sequence_parallel
+from tpfuse.measure.points import AGAIN
+from tpfuse.measure.stack import SHAPES, Latent, Shape, Stack
 from tpfuse.testing import interpreted
 
-TINY = Shape(64, 128, 6, 6, 16)
+TINY = {
+    "llama": Shape(256, 512, 4, 4, 64),
+    "gemma": Shape(256, 512, 4, 4, 64, gemma=True),
+    "mla": Shape(256, 512, 4, 4, latent=Latent(128, 128, 48, 16, 64)),
+}
+LINES = {"llama": "all_reduce_add_rms_norm", "gemma": "all_reduce_rms_norm_add_rms_norm", "mla": "all_reduce_add_rms_norm"}
+LAYERS = 2
 
 
-def run(rank, world):
-    torch._dynamo.reset()
+def outputs(rank, world, name, scheme, dtype):
+    """(Outputs by variant and step, counts of the fused operators by variant); the unfused ones are not compiled."""
     torch.manual_seed(rank)
-    stack = Stack(TINY, 2, world, torch.float32, "cpu")
-    runner = Runner(stack, dist.group.WORLD, [Variant(PLAIN), Variant("tpfuse", Config(strict=True)), Variant(ROOM, None, False)])
+    stack = Stack(TINY[name], LAYERS, world, dtype, "cpu", scheme)
+    group = dist.group.WORLD
+    form = all_reduced(group)
+    ours = Variant(OURS, form, Config(strict=True)), Variant(FORCED, form, Config(strict=True, passes=PASSES))
+    runner = Runner(stack, [ours[0]], list(ours))
     found = []
-    with interpreted():
-        for tokens, cached in ((6, 8), (7, None)):
-            outputs = {name: step(0) for name, step in runner.steps(tokens, cached).items()}
-            torch.testing.assert_close(outputs["tpfuse"], outputs[PLAIN], rtol=1e-5, atol=1e-5)
-            assert not torch.allclose(outputs[ROOM], outputs[PLAIN], rtol=1e-2)
-            found.append(runner.calls["tpfuse"].report.counts())
-    return found
+    with interpreted(), torch.no_grad():
+        for sequences in (6, 5):  # one graph for both
+            runner.decode_steps(sequences, 8)[OURS](0)
+        for rows, prompts, cached in ((8, 1, None), (12, 3, None), (6, None, 8)):
+            caches = stack.caches(rows, cached) if cached else None
+            x = runner.rows(rows)
+            plain = {PLAIN: form, SHARDED: sequence_parallel(group), ROOM: ALONE}
+            values = {name: stack(x, caches, prompts, how) for name, how in plain.items()}
+            for name, call in (runner.decode if cached else runner.prefill).items():
+                values[name] = call(x, caches, prompts)
+            found.append(values)
+    return found, {OURS: runner.prefill[OURS].report.counts(), FORCED: runner.prefill[FORCED].report.counts(),
+                   "decode": runner.decode[OURS].report.counts()}  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_every_variant_is_the_same_model_and_all_of_it_fuses(ranks):
-    for counts in ranks.run(run, timeout=110):
-        assert counts == [{"all_reduce_add_rms_norm": 4 * n} for n in (1, 2)]
+@pytest.mark.parametrize("name", TINY)
+def test_every_form_is_the_same_model_and_all_of_it_fuses(ranks, name):
+    for found, counts in ranks.run(outputs, name, "", torch.float32, timeout=240):
+        for values in found:
+            assert not torch.allclose(values[ROOM], values[PLAIN], rtol=1e-2)
+            for variant in set(values) - {PLAIN, ROOM}:
+                torch.testing.assert_close(values[variant], values[PLAIN], rtol=1e-5, atol=1e-5)
+        assert counts["decode"] == {LINES[name]: 2 * LAYERS}
+        assert counts[OURS] == {LINES[name]: 2 * 2 * LAYERS}  # two sizes, a graph each
+        assert counts[FORCED]["matmul_reduce_scatter"] == 2 * 2 * LAYERS
+        assert not any(op.startswith("all_reduce") for op in counts[FORCED])
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "fp8_tensor"), ("mla", "fp8_token"), ("gemma", "fp8_tensor")])
+def test_quantised_stacks_fuse_in_every_form(ranks, name, scheme):
+    line, latents = LINES[name], 2 * LAYERS if name == "mla" else 0  # of queries, keys and values
+    attended = LAYERS if scheme == "fp8_tensor" else 0  # a scale a row is of all heads
+    rest = {"act_and_mul_quantize": LAYERS, **({"attention_quantize": attended} if attended else {})}
+    shared = {f"{line}_quantize": 2 * LAYERS - 1, line: 1, "rms_norm_quantize": 1 + latents, **rest}
+    for found, counts in ranks.run(outputs, name, scheme, torch.bfloat16, timeout=240):
+        for values in found:
+            wide = {variant: value.double() for variant, value in values.items()}
+            error = {v: ((x - wide[PLAIN]).norm() / wide[PLAIN].norm()).item() for v, x in wide.items()}
+            assert error[SHARDED] == 0 and error[ROOM] > 0.5
+            assert max(error[v] for v in values if v != ROOM) < 0.15  # a bit of FP8 that turns is 6% of a value
+        assert counts[OURS] == {op: 2 * n for op, n in shared.items()}
+        assert counts[FORCED]["scaled_matmul_reduce_scatter"] == 2 * 2 * LAYERS
+        assert not any(op.startswith("all_reduce") for op in counts[FORCED])
+
+
+class Seen(Exception):
+    """Ends a compile when its graph has been seen."""
+
+
+def overlapped(rank, world, scheme):
+    """How many of each of torch's overlapping operators its own passes put into the graph; they have no bodies on CPU."""
+    import torch._inductor.fx_passes.post_grad as post_grad
+    from torch._functorch import config as functorch_config
+    from torch.distributed import _symmetric_memory
+
+    stack, group, found = Stack(TINY["llama"], LAYERS, world, torch.bfloat16, "cpu", scheme), dist.group.WORLD, Counter()
+    runner = Runner(stack, [], [Variant(ASYNC, sequence_parallel(group), options=shim.async_tp(group))])
+    real = post_grad.micro_pipeline_tp_pass
+
+    def look(graph):
+        real(graph)
+        found.update(str(n.target) for n in graph.nodes if "symm_mem" in str(n.target))
+        raise Seen
+
+    with (
+        shim.inductor_patch({"fx_graph_cache": False}), functorch_config.patch(enable_autograd_cache=False),
+        _symmetric_memory._test_mode(), patch("torch.distributed.is_nccl_available", lambda: True),
+        patch.object(post_grad, "micro_pipeline_tp_pass", look), pytest.raises(Exception, match="Seen"),
+    ):  # fmt: skip
+        runner.prefill_steps(8)[ASYNC](0)
+    return dict(found)
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+@pytest.mark.parametrize("scheme", ["", "fp8_tensor", "fp8_token"])
+def test_torch_overlaps_every_collective_of_the_form_that_it_is_given(ranks, scheme):
+    kind = "scaled_matmul" if scheme else "matmul"
+    want = {f"symm_mem.fused_all_gather_{kind}.default": 2 * LAYERS, f"symm_mem.fused_{kind}_reduce_scatter.default": 2 * LAYERS}
+    assert ranks.run(overlapped, scheme, timeout=120) == [want] * 2
 
 
 def test_shapes_are_shared_only_by_ranks_that_divide_them():
@@ -41,3 +136,40 @@ def test_shapes_are_shared_only_by_ranks_that_divide_them():
 def test_the_room_that_is_closed():
     rows = [{"impl": PLAIN, "us": 100.0}, {"impl": "tpfuse", "us": 70.0}, {"impl": ROOM, "us": 50.0}]
     assert closed(rows) == {"tpfuse": 0.6}
+
+
+class Counted:
+    """Stands for a timer of GPUs: a step takes as many microseconds as its name has letters."""
+
+    def queued(self, impls):
+        return {name: [float(len(name))] for name in impls}
+
+    def alternate(self, impls, calls):
+        return self.queued(impls)
+
+
+def measured(rank, world):
+    group = dist.group.WORLD
+    variants = prefill_variants(group, None, 64), decode_variants(group, None, 8, False)
+    prefill, decode = ([v for v in own if v.config is not None or v.name == PLAIN] for own in variants)
+    runner = Runner(Stack(TINY["llama"], LAYERS, world, torch.float32, "cpu"), decode, prefill)
+
+    def share(mine):
+        everyone = [None] * world
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    with interpreted():
+        return runner.measure(Counted(), 16, None, share) + runner.measure(Counted(), 4, 8, share)
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_rows_say_what_was_fused_and_how_far_outputs_differ(ranks):
+    rows = ranks.run(measured, timeout=120)[0]
+    found = {(row["op"], row["impl"]): row for row in rows}
+    assert list(found) == [(op, impl) for op, own in (("prefill", (OURS, FORCED)), ("decode", (OURS,)))
+                           for impl in (PLAIN + AGAIN, PLAIN, *own)]  # fmt: skip
+    assert all(row["us"] == len(row["impl"]) / LAYERS for row in rows)
+    assert found["prefill", OURS]["operators"] == {"all_reduce_add_rms_norm by reference": 2 * LAYERS}
+    assert found["prefill", FORCED]["operators"]["matmul_reduce_scatter by reference"] == 2 * LAYERS
+    assert all(0 < row["difference"] < 1e-5 for (_, impl), row in found.items() if impl in (OURS, FORCED))

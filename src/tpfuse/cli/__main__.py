@@ -131,23 +131,25 @@ def collectives(
 @bench.command()
 def e2e(
     world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
-    shape: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="8b, 70b.")] = "8b,70b",
-    decode: Annotated[str, typer.Option(metavar="N,N,…", help="Sequences that take a step together.")] = "1,8,32,128",
-    prefill: Annotated[str | None, typer.Option(metavar="N,N,…", help="Tokens of one sequence.")] = None,
+    shape: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="8b, 70b, gemma, mla.")] = "8b,70b",
+    scheme: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Of the linear layers; none among them.")] = "none",
+    decode: Annotated[str, typer.Option(metavar="N,N,…", help='Sequences that step together; "" for none.')] = "1,8,32,128",
+    prefill: Annotated[str, typer.Option(metavar="N,N,…", help='Tokens of one sequence; "" for none.')] = "2048,8192",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 4,
     cached: Annotated[int, typer.Option(min=1, help="Positions that a decode step reads.")] = 1024,
-    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    trials: Annotated[int, typer.Option(min=1, help="Samples of each step.")] = 15,
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
     commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
 ) -> None:
-    """A Llama-shaped stack under torch.compile and CUDA graphs: tpfuse, NCCL, FlashInfer, and no collectives at all."""
+    """Stacks shaped like models under torch.compile: tpfuse, NCCL, torch's async TP, FlashInfer, and no collectives at all."""
+    from tpfuse.cli import bench as options
     from tpfuse.cli import bench_e2e as command
-    from tpfuse.cli.bench import numbers
 
     command.e2e(
-        _console(), world, shape.split(","), numbers(decode, ()), numbers(prefill, ()), layers, cached, trials, table, json,
-        commit,
+        _console(), world, shape.split(","), options.schemes(scheme, ()), options.numbers(decode, ()) if decode else [],
+        options.numbers(prefill, ()) if prefill else [], layers, cached, trials, table, limit_s, json, commit,
     )  # fmt: skip
 
 

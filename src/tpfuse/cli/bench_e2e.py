@@ -1,8 +1,8 @@
-"""`tpfuse bench e2e`: time per token and to the first token of a Llama-shaped stack, fused and not."""
+"""`tpfuse bench e2e`: time a layer of stacks shaped like models, fused and not."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,32 @@ from tpfuse.cli.bench import need_gpus, points_of, run_ranks
 from tpfuse.cli.launch import Place, Progress
 from tpfuse.cli.models import BadInput
 from tpfuse.measure import results
+from tpfuse.measure.linears import SCHEMES
 from tpfuse.measure.stack import SHAPES, Stack
 
 
 @dataclass(frozen=True)
 class Job:
-    """decode: sequences that take a step together.  prefill: tokens of one sequence.  cached: positions read by a decode step."""
+    """decode: sequences that take a step together.  prefill: tokens of one sequence.  cached: positions read by a decode step.
+    limit_s: when to begin no further point.  extra: what else belongs at the top of the result file.  json: where rank 0 writes
+    it, anew after each point, so that a run that is cut off leaves what it had."""
 
     shapes: tuple[str, ...]
+    schemes: tuple[str, ...]
     decode: tuple[int, ...]
     prefill: tuple[int, ...]
     layers: int
     cached: int
     trials: int
     table: str | None
+    limit_s: float | None
+    extra: Mapping[str, Any]
+    json: Path | None
 
 
 def e2e(
-    console: Console, world: int, shapes: Sequence[str], decode: Sequence[int], prefill: Sequence[int], layers: int, cached: int,
-    trials: int, table: Path | None, json: Path | None, commit: str | None,
+    console: Console, world: int, shapes: Sequence[str], schemes: Sequence[str], decode: Sequence[int], prefill: Sequence[int],
+    layers: int, cached: int, trials: int, table: Path | None, limit_s: float | None, json: Path | None, commit: str | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse bench e2e --help`.  Raises BadInput, RankError or TimeoutError."""
     for name in shapes:
@@ -41,42 +48,61 @@ def e2e(
             raise BadInput(f"unknown shape {name!r} (known: {', '.join(SHAPES)})")
         if reason := SHAPES[name].check(world):
             raise BadInput(f"{name} on {world} ranks: {reason}")
+    if odd := [scheme for scheme in schemes if scheme not in SCHEMES]:
+        raise BadInput(f"no stack is made with {', '.join(odd)} (but with: {', '.join(s or 'none' for s in SCHEMES)})")
+    if odd := [n for n in prefill if n % world]:
+        raise BadInput(f"a prefill's rows are shared out: {odd} are no multiples of {world}")
     place = need_gpus(world)
-    job = Job(tuple(shapes), tuple(decode), tuple(prefill), layers, cached, trials, str(table) if table else None)
-    found = run_ranks(work, place, world, job)
-    if place is not None and place.rank:
-        return
-    document = results.document("e2e", found["rows"], world=world, commit=commit or results.commit(), **found["extra"])
-    if json:
-        results.write(json, document)
-    show(console, document["rows"])
+    extra = {"world": world, "commit": commit or results.commit()}
+    job = Job(
+        tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), layers, cached, trials, str(table) if table else None,
+        limit_s, extra, json,
+    )  # fmt: skip
+    document = run_ranks(work, place, world, job)
+    if place is None or place.rank == 0:
+        show(console, document["rows"])
 
 
 def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
-    """One rank: → {"rows", "extra"}, the same on all."""
+    """One rank: → the result file's contents, the same on all."""
+    import time
+
     from tpfuse.measure import e2e
     from tpfuse.measure.points import grid
     from tpfuse.measure.ranks import Ranks
 
+    begin = time.monotonic()
     ranks = Ranks.join(place, grid([""], [8192], [1]), False)
     timer = ranks.timer(job.trials)
     rows: list[dict[str, Any]] = []
-    for name in job.shapes:
+    machine = results.environment()
+    flashinfer = "flashinfer" in ranks.target.backends
+    points = [*((n, job.cached) for n in job.decode), *((n, None) for n in job.prefill)]
+
+    def document() -> dict[str, Any]:
+        return results.document("e2e", rows, **job.extra, **machine, notes=ranks.notes)
+
+    for name, scheme in ((name, scheme) for name in job.shapes for scheme in job.schemes):
         torch.manual_seed(place.rank)
-        stack = Stack(SHAPES[name], job.layers, place.world, torch.bfloat16)
-        found = e2e.variants(job.table, max([*job.decode, *job.prefill]), "flashinfer" in ranks.target.backends)
-        runner = e2e.Runner(stack, ranks.group, found)
-        for tokens, cached in [*((n, job.cached) for n in job.decode), *((n, None) for n in job.prefill)]:
-            new = runner.measure(timer, tokens, cached, ranks.share)
-            rows += new
+        stack = Stack(SHAPES[name], job.layers, place.world, torch.bfloat16, scheme=scheme)
+        decode = e2e.decode_variants(ranks.group, job.table, max(job.decode, default=1), flashinfer)
+        runner = e2e.Runner(stack, decode, e2e.prefill_variants(ranks.group, job.table, max(job.prefill, default=1)))
+        for tokens, cached in points:
+            if job.limit_s is not None and ranks.share(time.monotonic() - begin)[0] > job.limit_s:
+                break
+            progress(f"{name} {scheme}, {tokens} tokens", 0, 0)
+            found = runner.measure(timer, tokens, cached, ranks.share)
+            rows += found
             if place.rank == 0:
-                times = "  ".join(f"{row['impl']} {row['us']:.1f}" for row in new)
-                print(f"{name} {new[0]['op']} {tokens}: {times}", flush=True)
+                times = "  ".join(f"{row['impl']} {row['us']:.1f}" for row in found)
+                print(f"{name} {scheme or 'none'} {found[0]['op']} {tokens}: {times}", flush=True)
+                if job.json:
+                    results.write(job.json, document())
         del runner, stack
         torch.compiler.reset()
         torch.cuda.empty_cache()
     ranks.leave()
-    return {"rows": rows, "extra": {**results.environment(), "notes": ranks.notes}}
+    return document()
 
 
 def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -91,8 +117,8 @@ def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         shares = closed(point)
         for i, row in enumerate(point):
             table.add_row(
-                f"{row['op']} {row['tokens']} × {row['hidden']}" if i == 0 else "", row["impl"], f"{row['us']:.1f}",
-                f"{base / row['us']:.2f}×", f"{shares[row['impl']]:.0%}" if row["impl"] in shares else "",
-                end_section=i == len(point) - 1,
+                f"{row['op']} {row['scheme']} {row['tokens']} × {row['hidden']}" if i == 0 else "", row["impl"],
+                f"{row['us']:.1f}", f"{base / row['us']:.2f}×",
+                f"{shares[row['impl']]:.0%}" if row["impl"] in shares else "", end_section=i == len(point) - 1,
             )  # fmt: skip
     console.print(table, highlight=False)

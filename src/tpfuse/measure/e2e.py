@@ -1,9 +1,10 @@
-"""End to end: a stack of layers compiled several ways, each step of decode or prefill in a CUDA graph, taking turns."""
+"""End to end: a stack of layers compiled several ways, which take turns at the same step of decode or prefill."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,92 +13,133 @@ from torch import Tensor
 
 import tpfuse
 from tpfuse import shim
-from tpfuse.config import Config
+from tpfuse.compiler import CompiledModel
+from tpfuse.config import PASSES, Config
+from tpfuse.measure.forms import ALONE, Form, all_reduced, sequence_parallel
 from tpfuse.measure.points import AGAIN
 from tpfuse.measure.stack import Stack
 from tpfuse.measure.timing import Timer, slowest, summary
 
 PLAIN, ROOM = "nccl+inductor", "no_collective"
+SHARDED, ASYNC = "sequence_parallel", "torch_async_tp"
+OURS, FORCED = "tpfuse", "tpfuse_sequence_parallel"
+
+Step = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """config: how tpfuse compiles it; None is torch.compile alone.  reduces: whether the collectives are there."""
+    """form: how the stack is written.  config: how tpfuse compiles it; None is torch.compile alone.  options: Inductor's."""
 
     name: str
+    form: Form
     config: Config | None = None
-    reduces: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def compiled(self, stack: Stack, dynamic: bool | None) -> Callable[..., Tensor]:
+        how: dict[str, Any] = {"fullgraph": True, "dynamic": dynamic, "options": dict(self.options)}
+
+        def model(x: Tensor, caches: Any, prompts: int | None) -> Tensor:
+            return stack(x, caches, prompts, self.form)
+
+        # Code of its own: Dynamo bounds how often one is compiled, and names it in its messages.
+        model.__code__ = model.__code__.replace(co_name=f"{self.name}_stack")
+        return torch.compile(model, **how) if self.config is None else tpfuse.compile(model, self.config, **how)
 
 
-def variants(table: str | None, max_tokens: int, flashinfer: bool) -> list[Variant]:
+def decode_variants(group: dist.ProcessGroup, table: str | None, max_tokens: int, flashinfer: bool) -> list[Variant]:
     """The plain one first.  The stack without collectives is measured too: what is between the two is the room."""
-    found = [Variant(PLAIN), Variant("tpfuse", Config.of({"table": table, "max_tokens": max_tokens, "strict": True}))]
+    form, limits = all_reduced(group), {"max_tokens": max_tokens}
+    found = [Variant(PLAIN, form), Variant(OURS, form, Config.of({**limits, "table": table}))]
     if flashinfer:
-        config = Config.of({"kernels": "flashinfer", "max_tokens": max_tokens, "strict": True})
-        found.append(Variant("flashinfer_one_shot", config))
-    return [*found, Variant(ROOM, reduces=False)]
+        found.append(Variant("flashinfer_one_shot", form, Config.of({**limits, "kernels": "flashinfer"})))
+    return [*found, Variant(ROOM, ALONE)]
+
+
+def prefill_variants(group: dist.ProcessGroup, table: str | None, max_tokens: int) -> list[Variant]:
+    """The plain one first; then the stack written with reduce-scatter and all-gather, with torch's async TP and without; tpfuse
+    as its table says, and with its residual sharded whatever the table says; the stack without collectives."""
+    form, limits = all_reduced(group), {"max_tokens": max_tokens, "table": table}
+    return [
+        Variant(PLAIN, form),
+        Variant(SHARDED, sequence_parallel(group)),
+        Variant(ASYNC, sequence_parallel(group), options=shim.async_tp(group)),
+        Variant(OURS, form, Config.of(limits)),
+        Variant(FORCED, form, Config.of({**limits, "passes": PASSES})),
+        Variant(ROOM, ALONE),
+    ]
 
 
 class Runner:
-    """One rank's compiled variants of a stack."""
+    """One rank's variants of a stack, each compiled when it is first called: once for every number of sequences that a decode
+    step has, and for each number of tokens of a prefill anew."""
 
-    def __init__(self, stack: Stack, group: dist.ProcessGroup, found: list[Variant]) -> None:
-        def reduce(x: Tensor) -> Tensor:
-            return shim.functional_all_reduce(x, group)
-
-        def with_collectives(x: Tensor, caches: Any) -> Tensor:
-            return stack.run(x, caches, reduce)
-
-        def without(x: Tensor, caches: Any) -> Tensor:
-            return stack.run(x, caches, lambda x: x)
-
+    def __init__(self, stack: Stack, decode: list[Variant], prefill: list[Variant]) -> None:
         self.stack = stack
-        self.calls: dict[str, Callable[..., Tensor]] = {}
-        for variant in found:
-            model = with_collectives if variant.reduces else without
-            how: dict[str, Any] = {"fullgraph": True}
-            self.calls[variant.name] = (
-                torch.compile(model, **how) if variant.config is None else tpfuse.compile(model, variant.config, **how)
-            )
+        self.decode = {v.name: v.compiled(stack, None) for v in decode}
+        self.prefill = {v.name: v.compiled(stack, False) for v in prefill}
 
-    def steps(self, tokens: int, cached: int | None) -> dict[str, Callable[[int], Tensor]]:
-        """A step of each variant on the same input.  cached: positions in the cache of each of `tokens` sequences; None for a
-        prefill of one sequence."""
-        x = torch.randn(tokens, self.stack.shape.hidden, dtype=self.stack.norm.dtype, device=self.stack.norm.device)
-        dist.broadcast(x, 0)
-        caches = None if cached is None else self.stack.caches(tokens, cached)
-        if tokens > 1:  # one graph for every number of tokens from 2 on
-            for tensor in (x, *(t for pair in caches or () for t in pair)):
+    def decode_steps(self, sequences: int, cached: int) -> dict[str, Step]:
+        """A step of each variant: the next token of each of the sequences, whose caches hold `cached` positions with it."""
+        x, caches = self.rows(sequences), self.stack.caches(sequences, cached)
+        if sequences > 1:  # one graph for every number of them from 2 on
+            for tensor in (x, *(t for cache in caches for t in cache)):
                 shim.mark_dynamic(tensor, 0)
+        return {name: _step(call, x, caches, None) for name, call in self.decode.items()}
 
-        def step(call: Callable[..., Tensor]) -> Callable[[int], Tensor]:
-            def run(i: int) -> Tensor:
-                with torch.no_grad():
-                    return call(x, caches)
+    def prefill_steps(self, tokens: int, prompts: int = 1, caches: Any = None) -> dict[str, Step]:
+        """A step of each variant: the tokens of prompts of equal length, which fill the caches where there are some."""
+        x = self.rows(tokens)
+        return {name: _step(call, x, caches, prompts) for name, call in self.prefill.items()}
 
-            return run
-
-        return {name: step(call) for name, call in self.calls.items()}
+    def rows(self, tokens: int) -> Tensor:
+        """The same random rows on every rank."""
+        x = torch.randn(tokens, self.stack.shape.hidden, dtype=self.stack.norm.weight.dtype, device=self.stack.norm.weight.device)
+        dist.broadcast(x, 0)
+        return x
 
     def measure(self, timer: Timer, tokens: int, cached: int | None, share: Callable[[Any], list[Any]]) -> list[dict[str, Any]]:
-        """Rows of a result file: microseconds a layer, the slowest rank's; `error`: of the output, against the plain one's."""
-        steps = self.steps(tokens, cached)
-        outputs = {name: step(0).double() for name, step in steps.items()}
+        """Rows of a result file: microseconds a layer, the slowest rank's; `difference`: of the output, from the plain one's;
+        `operators`: what tpfuse fused.
+
+        cached: positions in the cache of each of `tokens` sequences, of which every step is a CUDA graph; None for a prefill of
+        one sequence, whose kernels are launched one by one (torch's async TP is Python code), the device not waiting for a host.
+        """
+        steps = self.prefill_steps(tokens) if cached is None else self.decode_steps(tokens, cached)
+        want = steps[PLAIN](0).double()
+        differences = {n: float((s(0).double() - want).norm() / want.norm()) for n, s in steps.items() if n != ROOM}
         again = {PLAIN + AGAIN: steps[PLAIN], **steps}
-        samples = slowest(share(timer.alternate(again, 1)))
-        want, layers = outputs[PLAIN], len(self.stack.layers)
+        samples = slowest(share(timer.queued(again) if cached is None else timer.alternate(again, 1)))
+        stack, layers = self.stack, len(self.stack.layers)
         rows = []
         for name, values in samples.items():
             values = [value / layers for value in values]
             row = {
-                "op": "prefill" if cached is None else "decode", "scheme": "", "dtype": "bfloat16", "tokens": tokens,
-                "hidden": self.stack.shape.hidden, "intermediate": self.stack.shape.intermediate, "world": self.stack.world,
-                "layers": layers, "cached": cached or 0, "impl": name, **summary(values), "samples": values,
+                "op": "prefill" if cached is None else "decode", "scheme": stack.scheme, "dtype": "bfloat16", "tokens": tokens,
+                "hidden": stack.shape.hidden, "intermediate": stack.shape.intermediate, "world": stack.world, "layers": layers,
+                "cached": cached or 0, "timed": "queued" if cached is None else "graph", "impl": name, **summary(values),
+                "samples": values,
             }  # fmt: skip
-            if name in outputs and name != ROOM:
-                row["difference"] = float((outputs[name] - want).norm() / want.norm())
-            rows.append(row)
+            made = operators((self.prefill if cached is None else self.decode).get(name), tokens)
+            more = {"difference": differences.get(name), "operators": made}
+            rows.append({**row, **{key: value for key, value in more.items() if value is not None}})
         return rows
+
+
+def operators(call: Any, tokens: int) -> dict[str, int] | None:
+    """The sites of the graph that takes so many tokens, by fused operator and kernel; None where tpfuse did not compile it."""
+    if not isinstance(call, CompiledModel):
+        return None
+    result = next(r for r in reversed(call.report.results) if tokens in r.range)
+    return dict(Counter(f"{e.rule} by {e.attributes['kernel']}" for e in result.events if e.status == "lowered"))
+
+
+def _step(call: Callable[..., Tensor], *args: Any) -> Step:
+    def run(i: int) -> Tensor:
+        with torch.no_grad():
+            return call(*args)
+
+    return run
 
 
 def closed(rows: list[dict[str, Any]]) -> dict[str, float]:

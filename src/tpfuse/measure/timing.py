@@ -1,8 +1,9 @@
-"""CUDA-graph timing of implementations that take turns, on one GPU or on several in step."""
+"""Timing of implementations that take turns, in CUDA graphs and without, on one GPU or on several in step."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ WARM = 3  # replays that are not counted
 # held up, and before each replay, so that it stays ahead.
 HEAD_START = 4_000_000
 PAUSE = 100_000
+CLOCK = 2e9  # cycles a second, at most
 
 
 class Timer:
@@ -64,6 +66,31 @@ class Timer:
             if trial >= WARM:
                 for name, (start, end) in events.items():
                     samples[name].append(start.elapsed_time(end) * 1e3 / calls)
+        return samples
+
+    def queued(self, impls: Mapping[str, Callable[[int], Any]]) -> dict[str, list[float]]:
+        """The same for calls that are launched kernel by kernel, one a sample.  Before each the device waits for longer than the
+        host takes to launch one, so that it never waits for the host."""
+        seconds = []
+        for _ in range(2):
+            for fn in impls.values():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                fn(0)
+                seconds.append(time.perf_counter() - start)
+        lead = int(1.5 * max(seconds[len(impls) :]) * CLOCK)
+        samples: dict[str, list[float]] = {name: [] for name in impls}
+        for trial in range(self.trials + WARM):
+            for name, fn in impls.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                shim.device_pause(lead)
+                self.align()
+                start.record()
+                fn(trial)
+                end.record()
+                torch.cuda.synchronize()
+                if trial >= WARM:
+                    samples[name].append(start.elapsed_time(end) * 1e3)
         return samples
 
 
