@@ -64,7 +64,7 @@ END_TO_END: dict[str, dict[str, str]] = {
         f"{name}, 2 ranks": {s: f"{MODELS}::{test}" for s in _MIXED}
         for name, test in {
             "Llama": "test_both_ranges[llama-2]", "Gemma3": "test_both_ranges[gemma3_text-2]",
-            "DeepSeek-V3": "test_both_ranges[deepseek_v3-2]", "Qwen3": "test_small_range[2]",
+            "DeepSeek-V3": "test_both_ranges[deepseek_v3-2]", "Qwen3": "test_both_ranges[qwen3-2]",
         }.items()
     },
     "attention of Qwen3, Gemma3": dict.fromkeys(
@@ -79,7 +79,7 @@ END_TO_END: dict[str, dict[str, str]] = {
     "latent attention as an operator, column-major, TMA-aligned, packed UE8M0": {
         s: f"{RULES}::test_latent_attention[{s}-col+tma+ue8m0_packed]" for s in ("fp8_group128", "fp8_group64")
     },
-    "Llama's greedy tokens": {s: f"{MODELS}::test_greedy_tokens[{s}-2]" for s in ("plain", "fp8_tensor", "nvfp4")},
+    "Llama's greedy tokens": {s: f"{MODELS}::test_greedy_tokens[{s}-2]" for s in _MIXED},
 }  # fmt: skip
 
 HEAD = """# Fusions
@@ -116,7 +116,7 @@ def derived() -> Iterator[tuple[str, str, str, dict[str, str]]]:
     """(operator, pass, chain, tests by scheme) of every composite whose rule is derived from its body."""
     composite = [op for op in registry.values() if op.fuse in PASSES and not op.variadic]
     for op in sorted(composite, key=lambda op: PASSES.index(str(op.fuse))):
-        columns = SCHEME_NAMES if "scheme" in op.params else ("plain",)
+        columns = SCHEME_NAMES if {"scheme", "w_scheme"} & set(op.params) else ("plain",)
         tests = {s: f"{RULES}::test_fires[{op.name}-{s}]" for s in columns if (op.name, s) not in DECLINED}
         yield op.name, str(op.fuse), chain_of(op), tests
 

@@ -59,8 +59,11 @@ def sequence_parallel(ops, fired, scheme, inner):
     assert products == (6 if inner else 3), fired
     scaled = [rule for rule, _ in fired if "scaled_matmul" in rule]
     assert bool(scaled) == (scheme not in ("plain", "gemma"))
+    sites = [name for name in ops if "norm" in name]  # the first sum has no product, the others follow theirs
+    assert ["matmul_reduce_scatter_add_rms_norm" in name for name in sites] == [False, True, True, True], ops
+    assert sum("quantize" in name for name in sites) == (0 if scheme in ("plain", "gemma") else 3)
     if scheme == "gemma":
-        assert [a["weight_bias"] for _, a in fired if "weight_bias" in a] == [1.0]  # the last; the others stand alone
+        assert [a["weight_bias"] for _, a in fired if "weight_bias" in a] == [1.0] * 4
 
 
 def check(ranks, scheme, dtype, hidden, inner):

@@ -124,22 +124,22 @@ def by_hand_batched(x, residual, vectors, weights, group):
 RS = "reduce_scatter_rms_norm_all_gather"
 ARS = "reduce_scatter_add_rms_norm_all_gather"
 SRS = "reduce_scatter_rms_norm_add_rms_norm_all_gather"
+MARS = "matmul_reduce_scatter_add_rms_norm"
 EXPECTED = {
     (plain, SP): [RS, "matmul", ARS],
-    (plain, BOTH): [RS, "matmul_reduce_scatter", "add_rms_norm", "all_gather"],
+    (plain, BOTH): [RS, MARS, "all_gather"],
     (batched, SP): [RS, "matmul", ARS],
     (stage, SP): ["rms_norm", "matmul", "shard_rows", ARS, "matmul", "reduce_scatter", "all_gather"],
     (hidden_states, ("all_reduce_norm", *SP)): ["all_reduce_add_rms_norm", "matmul", "all_reduce_add_rms_norm"],
     (some_hidden_states, SP): ["reduce_scatter", "shard_rows", "all_gather", "rms_norm", "matmul", ARS],
-    (last_token, BOTH): [RS, "matmul_reduce_scatter", "add_rms_norm", "all_gather", "matmul"],
+    (last_token, BOTH): [RS, MARS, "all_gather", "matmul"],
     (sandwich, SP): ["shard_rows", SRS, "matmul", SRS],
     (biased, SP): ["shard_rows", ARS, "matmul", ARS],
     (quantised, SP): ["shard_rows", "reduce_scatter_add_rms_norm_quantize_all_gather", "matmul", ARS],
     (two_consumers, SP): ["shard_rows", ARS, "quantize", "matmul", "matmul", ARS],
     (routed, BOTH): ["shard_rows", "reduce_scatter_add_rms_norm", "all_gather_matmul", "act_and_mul",
-                     "matmul_reduce_scatter", "add_rms_norm", "all_gather"],
-    (by_hand, ("async_tp",)): ["matmul_reduce_scatter", "rms_norm", "all_gather", "matmul_reduce_scatter", "add_rms_norm",
-                               "all_gather"],
+                     MARS, "all_gather"],
+    (by_hand, ("async_tp",)): ["matmul_reduce_scatter_rms_norm", "all_gather", MARS, "all_gather"],
     (by_hand_batched, ("async_tp",)): ["matmul_reduce_scatter", "rms_norm", "all_gather_matmul"],
 }  # fmt: skip
 CASES = {f"{model.__name__}-{'+'.join(passes)}": (model, passes) for model, passes in EXPECTED}

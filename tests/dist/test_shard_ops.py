@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from tpfuse import formats
 from tpfuse.ir import registry
+from tpfuse.ir.overlap import WITH_NORM
 from tpfuse.ir.samples import rows
 
 TOKENS = (1, 7, 24, 129)
@@ -80,7 +81,7 @@ def composites(rank, world, dtype, weight_bias):
     """Each composite beside the plain computation: errors against FP64 at most 1.25 times those of `dtype`."""
     gather, wrong = registry["all_gather"], []
     for name, op in registry.items():
-        if op.fuse != "sequence_parallel":
+        if op.fuse != "sequence_parallel" and op not in WITH_NORM:
             continue
         for tokens in (1, 7, 24):
             shape = {"tokens": tokens, "hidden": 64, "dtype": dtype, "weight_bias": weight_bias, "group": group()}
@@ -88,22 +89,36 @@ def composites(rank, world, dtype, weight_bias):
             out = list(op(**every[rank]))
             gathered = name.endswith("all_gather")
             names = ["q", "scales", "norm", "h"] if "quantize" in name else ["norm"] * gathered + ["norm", "h"]
-            exact, unfused = plain(every, tokens, torch.float64), plain(every, tokens, dtype)
+            products = [product(op, a) for a in every]
+            exact = plain(products, tokens, torch.float64)
+            unfused = [plain(products, tokens, dtype, first) for first in range(world)]
             for i, (key, value) in enumerate(zip(names, out, strict=True)):
                 if key == "scales":
                     continue  # fp8_tensor has none; their gather is tested alone
                 value = value if gathered and i == 0 else gather(value, group(), tokens)
-                error, base = ((v.double() - exact[key].double()).norm().item() for v in (value, unfused[key]))
+                error, *others = ((v.double() - exact[key].double()).norm().item() for v in (value, *(u[key] for u in unfused)))
+                base = max(others)
                 if value.shape[0] != tokens or not error <= 1.25 * base + 1e-6 * exact[key].double().norm().item():
                     wrong.append((name, tokens, key, error, base))
     return wrong
 
 
-def plain(every, tokens, dtype):
-    """Norm, quantised norm and residual of all rows, from every rank's arguments, as an unfused graph in `dtype`."""
+def product(op, args):
+    """The arguments with x the product, in FP64 too, where the operator has one."""
+    if op not in WITH_NORM:
+        return args
+    own = list(args.values())[: len(op.first.params)]
+    wide = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in own]
+    return {**args, "x": op.first(*own), "exact": op.first(*wide)}
+
+
+def plain(every, tokens, dtype, first=0):
+    """Norm, quantised norm and residual of all rows, from every rank's arguments, as an unfused graph in `dtype`, summed from
+    rank `first` on: where a collective starts is its own affair."""
     norm, kind = registry["rms_norm"], every[0]
     vector = {k: v.to(dtype) for k, v in kind.items() if k in ("weight", "weight2", "bias")}
-    h = sum(a["x"].to(dtype) for a in every)
+    parts = [a["exact" if dtype == torch.float64 and "exact" in a else "x"].to(dtype) for a in every]
+    h = sum(parts[first:] + parts[:first])
     h = h + vector["bias"] if "bias" in vector else h
     how = (kind["weight_bias"], kind["rounding"])
     weight, eps = vector["weight"], kind["eps"]

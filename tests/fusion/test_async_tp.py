@@ -1,10 +1,16 @@
 """Products beside collectives: what fuses, what is left and why.  Graphs of a group of two."""
 
+import pytest
 import torch
 
 from tests.fusion.graphs import all_gather, all_reduce, fired, fused, names, raised, reasons, reduce_scatter
-from tpfuse.ir import registry
+from tpfuse.config import PASSES
+from tpfuse.formats import SCHEME_NAMES
+from tpfuse.ir import find, registry
 from tpfuse.ir.matmul import scaled_sample
+from tpfuse.ir.overlap import WITH_NORM
+from tpfuse.ir.verify import verify
+from tpfuse.rewrite.inline import unfuse
 
 TP = ("async_tp",)
 HIDDEN, TOKENS = 32, 24
@@ -182,7 +188,104 @@ def test_on_a_chain_that_was_rewritten(group):
 
     gm = graph(model, rows(), rows(), BIAS, WEIGHT, WEIGHT + 1)
     events = fused(gm, ("sequence_parallel", *TP))
-    assert [n for n in names(gm) if "matmul" in n] == ["all_gather_matmul", "matmul_reduce_scatter"]
-    assert only(gm, "matmul_reduce_scatter")["padded"] is True
+    assert [n for n in names(gm) if "matmul" in n] == ["all_gather_matmul", "matmul_reduce_scatter_add_rms_norm"]
+    assert only(gm, "matmul_reduce_scatter_add_rms_norm")["padded"] is True
     assert reasons(events, "matmul_reduce_scatter") == ["one_side"]
     assert reasons(events, "all_gather_matmul") == ["one_side"]
+
+
+def layer(group, scheme):
+    """A decoder layer from the sum of its attention on: norm, gate and up, their product, down_proj's sum, and the next layer's
+    norm and products."""
+    quantised = scheme in SCHEME_NAMES
+    shape = {"tokens": TOKENS, "hidden": 128, "width": 128, "scheme": scheme if quantised else "fp8_tensor"}
+    one, other = (scaled_sample(**shape, seed=seed) for seed in (0, 3))
+    norm = registry["rms_norm"].default
+
+    def model(x, residual, vector, a, a_scale, b, b_scale, scale):
+        def products(rows, *weights):
+            if not quantised:
+                return [rows @ weight for weight, _ in weights]
+            given = scale if scheme in ("fp8_tensor", "nvfp4") else None
+            q, scales = registry["quantize"].default(rows, given, scheme, one["layout"])
+            scales = scale if scheme == "fp8_tensor" else scales
+            rest = (None, None, None, scheme, one["layout"], one["weight_layout"], "float32", False)
+            return [registry["scaled_matmul"].default(q, weight, scales, by, *rest) for weight, by in weights]
+
+        h = residual + all_reduce(products(x, (a, a_scale))[0], group)
+        y = norm(h, vector, 1e-6, 0.0, "cast_first")
+        z = registry["act_and_mul"].default(*products(y, (a, a_scale), (b, b_scale)), "silu")
+        h = h + all_reduce(products(z, (b, b_scale))[0], group)
+        y = norm(h, vector, 1e-6, 0.0, "cast_first")
+        return products(y, (a, a_scale), (b, b_scale))
+
+    weights = [sample[name] for sample in (one, other) for name in ("weight", "weight_scale")]
+    if not quantised:
+        weights = [torch.randn(128, 128), torch.ones(1), torch.randn(128, 128), torch.ones(1)]
+    scale = torch.tensor(0.03 if scheme == "fp8_tensor" else 400.0)
+    return raised(model, (torch.randn(TOKENS, 128), torch.randn(TOKENS, 128), torch.rand(128), *weights, scale), TOKENS)
+
+
+@pytest.mark.parametrize("scheme", ["plain", *SCHEME_NAMES])
+def test_nothing_stands_between_the_products_of_a_layer(group, scheme):
+    gm = layer(group, scheme)
+    fused(gm, PASSES)
+    scatter, gather, activation, start = {
+        "plain": ("matmul_reduce_scatter_add_rms_norm", "all_gather_matmul", "act_and_mul", ["shard_rows"]),
+    }.get(scheme, (
+        "scaled_matmul_reduce_scatter_add_rms_norm_quantize", "all_gather_scaled_matmul", "act_and_mul_quantize",
+        ["quantize", "shard_rows"],
+    ))  # fmt: skip
+    assert names(gm) == [*start, scatter, gather, activation, scatter, gather]
+    assert _kept(gm) == [False, False]
+
+
+def _kept(gm):
+    """Of each gather with products: whether the gathered rows are returned."""
+    found = [(op, n) for n in gm.graph.nodes if (op := find(n.target)) and "all_gather" in op.name and "matmul" in op.name]
+    return [op.bind(node.args)["keep"] for op, node in found]
+
+
+@pytest.mark.parametrize("scheme", ["plain", "fp8_token"])
+def test_one_step_apart_is_the_scatter_behind_the_plain_product(group, scheme):
+    gm = layer(group, scheme)
+    fused(gm, PASSES)
+    for node in list(gm.graph.nodes):
+        if (op := find(node.target)) in WITH_NORM:
+            unfuse(gm.graph, node, op)
+    verify(gm.graph, "unfuse")
+    line = ["matmul", "reduce_scatter_add_rms_norm"] if scheme == "plain" else [
+        "scaled_matmul", "reduce_scatter_add_rms_norm_quantize"
+    ]  # fmt: skip
+    assert [n for n in names(gm) if n in line] == line * 2
+    assert not [n for n in names(gm) if "matmul_reduce_scatter" in n]
+
+
+def test_without_async_tp_the_gather_goes_with_the_scatter(group):
+    gm = layer(group, "fp8_token")
+    fused(gm, [p for p in PASSES if p != "async_tp"])
+    assert names(gm).count("reduce_scatter_add_rms_norm_quantize_all_gather") == 2
+
+
+def test_a_norm_that_cannot_follow_says_why(group):
+    """A norm whose weight is FP32 stays outside, behind the scattered product."""
+
+    def model(x, m, w):
+        return registry["rms_norm"].default(reduce_scatter(x @ m, 2, group), w, 1e-6, 0.0, "cast_first")
+
+    gm = graph(model, rows().bfloat16(), WEIGHT.bfloat16(), BIAS)
+    events = fused(gm, TP)
+    assert names(gm) == ["matmul_reduce_scatter", "rms_norm"]
+    assert reasons(events, "matmul_reduce_scatter_rms_norm") == ["weight_dtype"]
+
+
+def test_a_residual_from_a_later_collective_stays_outside(group):
+    """The norm would wait for a collective that runs after its product's."""
+
+    def model(x, z, m, w):
+        y = reduce_scatter(x @ m, 2, group)
+        return registry["rms_norm"].default(y + reduce_scatter(z, 2, group), w, 1e-6, 0.0, "cast_first")
+
+    gm = graph(model, rows(), rows(), WEIGHT, BIAS)
+    fused(gm, TP)
+    assert "matmul_reduce_scatter" in names(gm) and "add_rms_norm" in names(gm)

@@ -20,6 +20,7 @@ from tpfuse.formats import SCHEME_NAMES
 from tpfuse.fusion import composites
 from tpfuse.ir import Op, find, registry
 from tpfuse.ir.matmul import scaled_sample
+from tpfuse.ir.overlap import WITH_NORM
 
 TOKENS, HIDDEN = 24, 128
 OPTIONAL = {"bias": None, "alpha": 1.0}  # by which argument a step is left out of a body
@@ -27,8 +28,8 @@ RULES = [op for op in registry.values() if op.fuse and not op.variadic]
 
 
 def schemes(op: Op) -> Sequence[str]:
-    """The schemes of an operator; a scale a row spans heads, which attention declines."""
-    if "scheme" not in op.params:
+    """The schemes of an operator, or of its product; a scale a row spans heads, which attention declines."""
+    if not {"scheme", "w_scheme"} & set(op.params):
         return ("plain",)
     return [s for s in SCHEME_NAMES if not (op.name == "attention_quantize" and s == "fp8_token")]
 
@@ -112,6 +113,12 @@ def test_needs_its_pass(name: str, group: str) -> None:
 # The closest chain that must not be fused, of each operator: what differs, and the reason given.
 #   "weight": the norm's weight is FP32.  "inner": a value inside, which the operator does not return, is used elsewhere.
 #   "group": two collectives of the chain are over different groups.  "scale": the given scale is computed from the result.
+NEGATIVE_WITH_NORM = {
+    "rms_norm": ("weight", "weight_dtype"), "add_rms_norm": ("inner", "second_user"),
+    "rms_norm_add_rms_norm": ("inner", "second_user"), "rms_norm_quantize": ("scale", "depends_on_result"),
+    "add_rms_norm_quantize": ("scale", "depends_on_result"),
+    "rms_norm_add_rms_norm_quantize": ("scale", "depends_on_result"),
+}  # fmt: skip
 NEGATIVE = {
     "add_rms_norm": ("residual", ""),
     "all_reduce_rms_norm": ("weight", "weight_dtype"),
@@ -139,6 +146,7 @@ NEGATIVE = {
     "reduce_scatter_rms_norm_quantize_all_gather": ("group", "attributes"),
     "reduce_scatter_add_rms_norm_quantize_all_gather": ("group", "attributes"),
     "reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather": ("group", "attributes"),
+    **{op.name: NEGATIVE_WITH_NORM[op.then.name.removeprefix("reduce_scatter_")] for op in WITH_NORM},
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """Products next to a reduce-scatter or an all-gather become one operator, whose kernels overlap the two.
 
 Works on chains that sequence parallelism rewrote and on models that are written with reduce-scatter and all-gather.  A
-reduce-scatter is found by the operators' own bodies; a gather takes as many products as work from it.
+reduce-scatter is found by the operators' own bodies, with the norm and the quantise of own rows behind it; a gather takes as
+many products as work from it.  A product wins its reduce-scatter, norm and quantise before an all-gather without products can.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,7 +25,7 @@ from tpfuse.rewrite.order import ORDER, latest_collective, number_collectives, s
 from tpfuse.rewrite.site import site_of
 
 PASS = "async_tp"
-SCATTERS = ("reduce_scatter", "matmul_reduce_scatter", "scaled_matmul_reduce_scatter")
+SCATTERS = ("reduce_scatter", *(name for name in registry if "matmul_reduce_scatter" in name))
 GATHERS = ("all_gather", "all_gather_quantized", "all_gather_matmul", "all_gather_scaled_matmul")
 _ATTRIBUTES = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
@@ -35,7 +37,7 @@ def async_tp(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:
     number_collectives(graph)
     _flatten(graph)
     _pair_scales(graph)
-    events, _ = composites.apply(graph, [r for r in composites.rules() if r.op.fuse == PASS], fuel)
+    events = _fuse_scatters(graph, fuel)
     for node in [n for n in graph.nodes if _named(n, "all_gather", "all_gather_quantized")]:
         latest = latest_collective(graph)
         gather = Gather.of(node, latest)
@@ -43,6 +45,22 @@ def async_tp(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:
             events.append(gather.fuse())
             sort(graph)
     return [*events, *_left_over(graph)]
+
+
+def _fuse_scatters(graph: fx.Graph, fuel: Fuel) -> list[Event]:
+    """Reduce-scatters with the products before them and what follows on own rows.  Rules go by size, the larger first, and why
+    one refused is kept for the report, since a smaller one may change the place."""
+    events: list[Event] = []
+    rules = composites.rules()
+    base = [rule for rule in rules if rule.op.fuse == "always"]
+    for _, alike in itertools.groupby((r for r in rules if r.op.fuse == PASS), key=lambda rule: len(rule.targets)):
+        fired, declines = composites.apply(graph, [*base, *alike], fuel)
+        events += fired
+        for node, refused in declines.items():
+            for rule, reason in refused:
+                if rule.op.fuse == PASS and reason.code not in composites.MISMATCHES:
+                    node.meta.setdefault(composites.REFUSED, (rule.name, reason))
+    return events
 
 
 class Gather:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -18,15 +19,22 @@ from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
 from tpfuse.rewrite.site import site_of
 
 SITES = ("rms_norm", "add_rms_norm", "quantize")  # beside collectives: what a report accounts for
+MISMATCHES = ("producer", "constant")  # codes that say only that another chain stands there
+REFUSED = "tpfuse_refused"  # metadata of a node at which an earlier pass's rule refused: the rule's name and its Decline
 Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
 @functools.cache
 def rules() -> tuple[Rule, ...]:
     """Every derived rule: those that others build on, those with a collective, the rest; among these the composites in the
-    order of their declaration (the smaller before those built on them)."""
-    ops = sorted((op for op in registry.values() if op.fuse), key=lambda op: (op.fuse != "always", not op.collective))
-    return tuple(rule for op in ops for rule in rules_of(op))
+    order of their declaration (the smaller before those built on them).  Products beside collectives are built on nothing that
+    another pass makes: the larger come first."""
+
+    def place(rule: Rule) -> tuple[bool, bool, int]:
+        op = rule.op
+        return op.fuse != "always", not op.collective, -len(rule.targets) if op.fuse == "async_tp" else -sys.maxsize
+
+    return tuple(sorted((rule for op in registry.values() if op.fuse for rule in rules_of(op)), key=place))
 
 
 def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> list[Event]:
@@ -49,8 +57,9 @@ def apply(
         fired = False
         declines.clear()
         for rule in active:
-            latest = latest_collective(graph)
-            for node in list(graph.nodes):
+            nodes = graph.find_nodes(op="call_function", target=rule.anchor.target)
+            latest = latest_collective(graph) if nodes else {}
+            for node in nodes:
                 found = find_match(rule, node)
                 if isinstance(found, Match):
                     found = _order_kept(found, latest) or found
@@ -122,8 +131,6 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
         op = find(node.target)
         if op is None or op.fuse not in (None, "always") or not (op.collective or op.name in SITES):
             continue
-        if any((o := find(a.target)) is not None and o.fuse == "async_tp" for a in node.all_input_nodes):
-            continue  # on own rows, the sum before it fused with its product
         rule, reason = _closest(node, op, active, declines)
         events.append(Event("declined", rule, site_of(node), reason=reason, attributes={"operator": op.name}, node=node.name))
     return events
@@ -135,9 +142,11 @@ def _closest(
     wanted = [r for r in active if r.op.fuse != "always" and node.target in r.targets]
     if not wanted:
         return op.name, Decline("disabled", "no enabled pass has a rule for it")
+    if REFUSED in node.meta:
+        return node.meta[REFUSED]
     # A rule that stood at this node or at a consumer and refused knows best; a guard's word counts before a mere mismatch.
     around = [node, *_consumers(node, depth=4)]
-    refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in ("producer", "constant")]
+    refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in MISMATCHES]
     if refused:
         return refused[0][0].name, refused[0][1]
     # What was not raised lies before the next operator: beyond it, it is another site's reason.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from tpfuse import shim
 from tpfuse.ir import check
@@ -71,13 +72,24 @@ class Message:
         return self.columns * self.dtype.itemsize
 
 
+class BodyTracer(GraphAppendingTracer):
+    """Records a body.  through: operators of these passes leave their own bodies' operators instead."""
+
+    def __init__(self, graph: fx.Graph, through: frozenset[str] = frozenset()) -> None:
+        super().__init__(graph)
+        self.through = through
+
+
 class Op:
     """An operator: `reference` (the body), `fake`, `rows`, `kernels`.
 
     rows says how rows (tokens) flow: "local" (row i of the result needs row i of the row arguments only), "collective"
     (local apart from a sum or a move over ranks), "mixing" (rows meet one another).
     row_args: the arguments that have a row per token.
+    through: the passes whose operators its rule looks through.
     """
+
+    through: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -139,6 +151,8 @@ class Op:
         values = list(bound.values())
         if any(isinstance(a, fx.Proxy) for a in values):
             tracer = next(a for a in values if isinstance(a, fx.Proxy)).tracer
+            if isinstance(tracer, BodyTracer) and self.fuse in tracer.through:
+                return self.reference(*values)
             out: Any = tracer.create_proxy("call_function", self.default, tuple(values), {})
             return out if self.results == 1 else tuple(out[i] for i in range(self.results))
         return self.fake(*values) if _shapes_only.get() else self.reference(*values)
@@ -153,6 +167,17 @@ class Op:
             return self.reference(*values)
         finally:
             _shapes_only.reset(token)
+
+    def traced(self, through: frozenset[str] = frozenset()) -> fx.Graph:
+        """The body with every argument a proxy: a graph of smaller operators.  Those of the passes in `through` leave what they
+        are made of."""
+        graph = fx.Graph()
+        tracer = BodyTracer(graph, through)
+        parameters = inspect.signature(self.reference).parameters.values()
+        proxies = [fx.Proxy(graph.placeholder(p.name, type_expr=p.annotation), tracer) for p in parameters]
+        out = self.reference(*proxies)
+        graph.output(tuple(o.node for o in out) if isinstance(out, tuple) else out.node)
+        return graph
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments by name in the schema's order, defaults filled in.  TypeError for what does not fit."""
@@ -297,14 +322,14 @@ def find(target: Any) -> Op | None:
 
 def optional_add(y: Any, bias: Any) -> Any:
     """A step that a body may do without: y + bias, or y where bias is None.  Rules for both forms are derived."""
-    if isinstance(y, fx.Proxy):
+    if isinstance(bias, fx.Proxy):
         return _optional(y, torch.ops.aten.add.Tensor, bias)
     return y if bias is None else y + bias
 
 
 def optional_scale(y: Any, alpha: Any) -> Any:
     """A step that a body may do without: y · alpha, or y where alpha is 1.0."""
-    if isinstance(y, fx.Proxy):
+    if isinstance(alpha, fx.Proxy):
         return _optional(y, torch.ops.aten.mul.Tensor, alpha)
     return y if alpha == 1.0 else y * alpha
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tpfuse.ir import shard
+from tpfuse.ir.chained import Chained
 from tpfuse.ir.collective import all_gather, all_gather_quantized, reduce_scatter
-from tpfuse.ir.matmul import matmul, matmul_sample, scaled_matmul, scaled_sample
-from tpfuse.ir.op import Args, Message, op
+from tpfuse.ir.matmul import dtype_name, matmul, matmul_sample, scaled_matmul, scaled_sample
+from tpfuse.ir.op import Args, Message, Op, op
 
 _SCALED = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
@@ -42,7 +45,7 @@ def _scaled_gather_sample(**shape: Any) -> dict[str, Any]:
 
 def scattered(args: Args) -> Message:
     """The products, which are summed; a product of quantised rows is of `out_dtype`."""
-    x, weight = args["x"], args["weight"]
+    x, weight = args["x"], args["w" if "w" in args else "weight"]
     dtype = getattr(torch, args["out_dtype"]) if "out_dtype" in args else x.dtype
     return Message(x.shape[0], weight.shape[1], dtype, across=weight.shape[0])
 
@@ -122,3 +125,36 @@ def all_gather_scaled_matmul(
         )
     ]
     return [*products, *kept] if keep else products
+
+
+# Products in front of what follows a reduce-scatter on own rows, a dozen operators: `matmul_reduce_scatter_rms_norm` …
+# `scaled_matmul_reduce_scatter_rms_norm_add_rms_norm_quantize`.
+PRODUCTS = (matmul, scaled_matmul)
+FOLLOWERS = (
+    shard.reduce_scatter_rms_norm, shard.reduce_scatter_add_rms_norm, shard.reduce_scatter_rms_norm_add_rms_norm,
+    shard.reduce_scatter_rms_norm_quantize, shard.reduce_scatter_add_rms_norm_quantize,
+    shard.reduce_scatter_rms_norm_add_rms_norm_quantize,
+)  # fmt: skip
+_RENAMED = {
+    "weight": "w", "weight_scale": "w_scale", "bias": "w_bias", "scheme": "w_scheme", "layout": "w_layout", "alpha": "w_alpha",
+}  # fmt: skip
+
+
+def _with_norm(product: Op, then: Op) -> Chained:
+    def sample(**shape: Any) -> dict[str, Any]:
+        """The product's rows are about as large as its operand's, so that an epsilon shows."""
+        own = product.sample(**{**shape, "width": shape["hidden"]})
+        loud, dtype = 1 / (3e-3 * math.sqrt(shape["hidden"])), shape.get("dtype", torch.float32)
+        factor = "weight" if product is matmul else "alpha" if own["scheme"] == "nvfp4" else "weight_scale"
+        own[factor] = own[factor] * loud
+        if product is scaled_matmul:
+            own |= {"out_dtype": dtype_name(dtype), "bias": own["bias"].to(dtype)}
+        rest = then.sample(**shape)
+        return {_RENAMED.get(name, name): value for name, value in own.items()} | {k: v for k, v in rest.items() if k != "x"}
+
+    what = f"{then.doc.partition('→')[2].strip()}"
+    doc = f"`{then.name}` of the result of `{product.name}`, whose weight, bias … are w, w_bias … here → {what}"
+    return Chained(f"{product.name}_{then.name}", product, then, _RENAMED, sample, doc, "async_tp", scattered)
+
+
+WITH_NORM = tuple(_with_norm(product, then) for product in PRODUCTS for then in FOLLOWERS)

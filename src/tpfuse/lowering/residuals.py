@@ -14,7 +14,7 @@ from torch import fx
 
 from tpfuse.ir.op import Op, find
 from tpfuse.rewrite.emit import emit
-from tpfuse.rewrite.match import is_tensor, prims, tensor
+from tpfuse.rewrite.match import prims
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -40,8 +40,8 @@ def narrow_for_others(item: fx.Node, among: AbstractSet[fx.Node], dtype: torch.d
 
 
 def _is_low(node: fx.Node, op: Op) -> bool:
-    rows = op.bind(node.args, node.kwargs)[op.row_args[0]]
-    return is_tensor(rows) and tensor(rows).dtype in LOW
+    args = fx.node.map_arg(op.bind(node.args, node.kwargs), lambda n: n.meta["val"])
+    return op.message(args).dtype in LOW
 
 
 def _takes(user: fx.Node, value: fx.Node, among: AbstractSet[fx.Node]) -> bool:

@@ -130,7 +130,7 @@ def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> E
     message = op.message(args)
     if not isinstance(message.columns, int):
         return None
-    scheme = Scheme.parse(args["scheme"]).name if "scheme" in args else ""
+    scheme = next((Scheme.parse(args[name]).name for name in ("w_scheme", "scheme") if name in args), "")  # a product's first
     return table.find(op.name, message.dtype, target.world, scheme, message.columns, message.across)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tpfuse.ir.op import Op
+from tpfuse.ir.op import BodyTracer, Op
 from tpfuse.rewrite.emit import emit, erase_dead, fake
 from tpfuse.shim import decompositions, detect_fake_mode
 
@@ -89,13 +89,13 @@ def _replace(node: fx.Node, results: Any) -> None:
 @functools.cache
 def _composite(op: Op) -> fx.Graph:
     """A composite's body with every argument a proxy: the smaller operators, the optional steps marked."""
-    return fx.Tracer().trace(op.reference)
+    return op.traced()
 
 
 def _over_lists(op: Op, args: Mapping[str, Any]) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """The body of a variadic composite for lists of these lengths, and the node that each of its placeholders is."""
     body = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(body)
+    tracer = BodyTracer(body)
     placeholders: dict[fx.Node, Any] = {}
 
     def proxy(value: fx.Node) -> Any:

@@ -61,7 +61,7 @@ def rules_of(op: Op) -> list[Rule]:
 
 
 def _trace(op: Op, drop: frozenset[str] = frozenset()) -> fx.Graph:
-    graph = fx.Tracer().trace(op.reference)
+    graph = op.traced(op.through)
     for node in list(graph.nodes):
         if node.meta.get("optional") in drop:
             node.replace_all_uses_with(node.args[0])
