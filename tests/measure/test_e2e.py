@@ -60,6 +60,11 @@ def outputs(rank, world, name, scheme, dtype):
                    "decode": runner.decode[OURS].report.counts()}  # fmt: skip
 
 
+def scattered(counts, begin):
+    """Products with a scatter behind them, whatever else they are one operator with."""
+    return sum(count for op, count in counts.items() if op.startswith(begin))
+
+
 @pytest.mark.parametrize("ranks", [2], indirect=True)
 @pytest.mark.parametrize("name", TINY)
 def test_every_form_is_the_same_model_and_all_of_it_fuses(ranks, name):
@@ -70,7 +75,7 @@ def test_every_form_is_the_same_model_and_all_of_it_fuses(ranks, name):
                 torch.testing.assert_close(values[variant], values[PLAIN], rtol=1e-5, atol=1e-5)
         assert counts["decode"] == {LINES[name]: 2 * LAYERS}
         assert counts[OURS] == {LINES[name]: 2 * 2 * LAYERS}  # two sizes, a graph each
-        assert counts[FORCED]["matmul_reduce_scatter"] == 2 * 2 * LAYERS
+        assert scattered(counts[FORCED], "matmul_reduce_scatter") == 2 * 2 * LAYERS
         assert not any(op.startswith("all_reduce") for op in counts[FORCED])
 
 
@@ -88,7 +93,7 @@ def test_quantised_stacks_fuse_in_every_form(ranks, name, scheme):
             assert error[SHARDED] == 0 and error[ROOM] > 0.5
             assert max(error[v] for v in values if v != ROOM) < 0.15  # a bit of FP8 that turns is 6% of a value
         assert counts[OURS] == {op: 2 * n for op, n in shared.items()}
-        assert counts[FORCED]["scaled_matmul_reduce_scatter"] == 2 * 2 * LAYERS
+        assert scattered(counts[FORCED], "scaled_matmul_reduce_scatter") == 2 * 2 * LAYERS
         assert not any(op.startswith("all_reduce") for op in counts[FORCED])
 
 
@@ -171,5 +176,5 @@ def test_rows_say_what_was_fused_and_how_far_outputs_differ(ranks):
                            for impl in (PLAIN + AGAIN, PLAIN, *own)]  # fmt: skip
     assert all(row["us"] == len(row["impl"]) / LAYERS for row in rows)
     assert found["prefill", OURS]["operators"] == {"all_reduce_add_rms_norm by reference": 2 * LAYERS}
-    assert found["prefill", FORCED]["operators"]["matmul_reduce_scatter by reference"] == 2 * LAYERS
+    assert scattered(found["prefill", FORCED]["operators"], "matmul_reduce_scatter") == 2 * LAYERS
     assert all(0 < row["difference"] < 1e-5 for (_, impl), row in found.items() if impl in (OURS, FORCED))
