@@ -62,6 +62,16 @@ def symmetric_buffer(size: int, group: dist.ProcessGroup) -> tuple[Tensor, list[
     return buffer, [address + offset for address in handle.buffer_ptrs], handle
 
 
+def peer_views(buffer: Tensor, addresses: Sequence[int], handle: Any) -> list[Tensor]:
+    """All ranks' buffers of `symmetric_buffer` as tensors of this device, `buffer` itself for this rank's."""
+
+    def view(rank: int) -> Tensor:
+        start = handle.get_buffer(rank, (1,), torch.int8, 0).data_ptr()
+        return handle.get_buffer(rank, (buffer.numel(),), torch.int8, addresses[rank] - start)
+
+    return [buffer if rank == handle.rank else view(rank) for rank in range(len(addresses))]
+
+
 def async_tp(group: dist.ProcessGroup) -> dict[str, Any]:
     """The settings of Inductor under which torch's own passes overlap products with the reduce-scatters and all-gathers of
     `group` ("async TP"), which is made ready for it; without multicast."""

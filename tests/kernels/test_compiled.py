@@ -33,7 +33,7 @@ def channel(hidden: int) -> Any:
     from tpfuse.kernels.plan import ChannelLayout
 
     table, state = cuda(2, dtype=torch.int64), cuda(32, dtype=torch.int32)
-    return Channel(0, 2, ChannelLayout.of(2, 2048, hidden, 2), table, state, torch.zeros(8, dtype=torch.int32), 132)
+    return Channel(0, 2, table, state, torch.zeros(8, dtype=torch.int32), 132, ChannelLayout.of(2, 2048, hidden, 2))
 
 
 def moved_rows(kernel: Compiled, hidden: int) -> list[str]:

@@ -24,28 +24,24 @@ from .signal import (
 
 
 @dataclass(frozen=True)
-class Channel:
-    """One sequence of collective calls over a group.  All ranks must make the same calls in the same order.
+class Link:
+    """How the kernels of one rank reach its peers, and what their bounded waits need.
 
-    table: int64 [world], the addresses of all ranks' receive buffers as this rank maps them.  Kernels reach every
-    buffer, their own too, through it, so that captured graphs survive a release and restore.
-    state: int32 [STATE_WORDS] on the device (see signal.py).  record: int32 [RECORD_WORDS], host memory that the
-    device can write.  sms: multiprocessors that grids may fill.  early: a launch may begin before the kernel ahead of it
-    has ended (programmatic dependent launch).
+    table: int64 [world], the addresses of all ranks' buffers as this rank maps them.  state: int32 [STATE_WORDS] on the device
+    (see signal.py).  record: int32 [RECORD_WORDS], host memory that the device can write.  sms: multiprocessors that grids may
+    fill.
     """
 
     rank: int
     world: int
-    layout: ChannelLayout
     table: Tensor
     state: Tensor
     record: Tensor
     sms: int
-    early: bool = True
 
     @staticmethod
-    def create(rank: int, world: int, layout: ChannelLayout, device: torch.device, sms: int, timeout: float) -> Channel:
-        """A channel without receive buffers.  timeout: seconds (in the interpreter: thousands of polls)."""
+    def memory(world: int, device: torch.device, timeout: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Table, state and record, no buffers yet.  timeout: seconds (in the interpreter: thousands of polls)."""
         cuda = device.type == "cuda"
         record = torch.zeros(RECORD_WORDS, dtype=torch.int32, pin_memory=cuda)
         state = torch.zeros(STATE_WORDS, dtype=torch.int32)
@@ -53,8 +49,33 @@ class Channel:
         wide[RECORD_WORD.value // 2] = record.data_ptr()
         wide[TIMEOUT_WORD.value // 2] = int(timeout * (1e9 if cuda else 1e3))
         state[CLAIM_WORD.value] = 0
-        table = torch.zeros(world, dtype=torch.int64, device=device)
-        return Channel(rank, world, layout, table, state.to(device), record, sms)
+        return torch.zeros(world, dtype=torch.int64, device=device), state.to(device), record
+
+    def lost_peer(self) -> LostPeer | None:
+        return read_record(self.record.tolist())
+
+    def check(self) -> None:
+        """FusionError if a kernel of this link gave up on a peer."""
+        lost = self.lost_peer()
+        if lost is not None:
+            raise FusionError(str(lost))
+
+
+@dataclass(frozen=True)
+class Channel(Link):
+    """One sequence of collective calls over a group.  All ranks must make the same calls in the same order.
+
+    Kernels reach every receive buffer, their own too, through the table, so that captured graphs survive a release and
+    restore.  early: a launch may begin before the kernel ahead of it has ended (programmatic dependent launch).
+    """
+
+    layout: ChannelLayout
+    early: bool = True
+
+    @staticmethod
+    def create(rank: int, world: int, layout: ChannelLayout, device: torch.device, sms: int, timeout: float) -> Channel:
+        """A channel without receive buffers; see `Link.memory`."""
+        return Channel(rank, world, *Link.memory(world, device, timeout), sms, layout)
 
     def connect(self, own: Tensor, addresses: list[int]) -> None:
         """Use the receive buffers at `addresses`, `own` (int8) being this rank's.  No peer may push before all ranks
@@ -76,12 +97,3 @@ class Channel:
         if waiting and not self.asm:
             return 1  # the interpreter runs a grid's blocks one after another
         return max(1, min(rows, resident_blocks(self.sms, warps)))
-
-    def lost_peer(self) -> LostPeer | None:
-        return read_record(self.record.tolist())
-
-    def check(self) -> None:
-        """FusionError if a kernel of this channel gave up on a peer."""
-        lost = self.lost_peer()
-        if lost is not None:
-            raise FusionError(str(lost))

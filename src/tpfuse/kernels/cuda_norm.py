@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from tpfuse.report import FusionError
 
 from . import calls, driver
 from .calls import NormCall, Outputs, rows_of
-from .channel import Channel
+from .channel import Channel, Link
 from .plan import THREADS_PER_SM, ceil_div
 from .signal import OPERATORS
 from .workspace import channel_of
@@ -59,19 +60,24 @@ def macros_of(call: NormCall, rank: int, world: int, plan: BlockPlan, **flags: A
     """What is fixed when a kernel is compiled."""
     macros = {
         **call.flags(0), "HALF": call.x.dtype == torch.float16, "WORLD": world, "RANK": rank, "THREADS": plan.threads,
-        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": calls.keeps_f32(call.rounding), **flags,
+        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": calls.keeps_f32(call.rounding), "OWN_NORM": False, **flags,
     }  # fmt: skip
+    return literals(macros)
+
+
+def literals(macros: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset((name, _literal(value)) for name, value in macros.items())
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    return "common.cuh", "finish.cuh", f"{name}.cu"
+    """The files of a norm kernel, in order; that of a sum of partial rows in a region waits by flags."""
+    return "signals.cuh", "common.cuh", "finish.cuh", *(("flags.cuh",) if name == "reduce" else ()), f"{name}.cu"
 
 
-def kernel_of(name: str, call: NormCall, channel: Channel, plan: BlockPlan, **flags: Any) -> driver.Function:
+def kernel_of(name: str, call: NormCall, link: Link, plan: BlockPlan, **flags: Any) -> driver.Function:
     """The kernel of that name, compiled for what the call asks."""
-    macros = macros_of(call, channel.rank, channel.world, plan, **flags)
-    return driver.compiled(sources_of(name), name, macros, channel.table.device.index)
+    macros = macros_of(call, link.rank, link.world, plan, **flags)
+    return driver.compiled(sources_of(name), name, macros, link.table.device.index)
 
 
 def _literal(value: Any) -> str:
@@ -84,12 +90,12 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def inputs_of(channel: Channel, call: NormCall, x: Tensor) -> tuple[Args, list[Tensor | None]]:
+def inputs_of(link: Link, call: NormCall, x: Tensor) -> tuple[Args, list[Tensor | None]]:
     """The arguments that do not depend on the algorithm, and what they point to."""
     given = residual, bias, weight, weight2, scale = call.given()
     args = Args(
         x=x.data_ptr(), residual=pointer(residual), bias=pointer(bias), weight=pointer(weight), weight2=pointer(weight2),
-        scale=pointer(scale), table=channel.table.data_ptr(), state=channel.state.data_ptr(), tokens=x.shape[0],
+        scale=pointer(scale), table=link.table.data_ptr(), state=link.state.data_ptr(), tokens=x.shape[0],
         vectors=x.shape[1] // 8, operation=OPERATORS.index(call.operator), alpha=call.alpha, eps=call.eps, eps2=call.eps2,
         weight_bias=call.weight_bias,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from tpfuse.report import FusionError
 from . import calls
 from .calls import NormCall, call_of, rows_of
 from .channel import Channel
-from .cuda_norm import BlockPlan, inputs_of, kernel_of, pointer
+from .cuda_norm import Args, BlockPlan, inputs_of, kernel_of, pointer
 from .plan import ceil_div
 from .workspace import channel_of
 
@@ -61,6 +61,12 @@ def scale_words(scheme: str, vectors: int) -> int:
     return ceil_div(vectors, what.group // 8) if what.group else 1
 
 
+def results_into(args: Args, outputs: ShardOutputs) -> None:
+    args.norm, args.own_norm, args.reduced = pointer(outputs.norm), pointer(outputs.own_norm), pointer(outputs.reduced)
+    args.q, args.scales = pointer(outputs.q), pointer(outputs.scales)
+    args.stride_row, args.stride_group = calls.scale_strides(outputs.scales)
+
+
 def sharded(channel: Channel, call: ShardCall) -> ShardOutputs:
     """Launch `call` on `channel`.  Messages larger than the channel's two-shot slots go in several launches."""
     x, layout = rows_of(call.x), channel.layout
@@ -78,9 +84,7 @@ def sharded(channel: Channel, call: ShardCall) -> ShardOutputs:
     channel.check()
     outputs = call.shard_outputs(channel.world)
     args, _alive = inputs_of(channel, call, x)
-    args.norm, args.own_norm, args.reduced = pointer(outputs.norm), pointer(outputs.own_norm), pointer(outputs.reduced)
-    args.q, args.scales = pointer(outputs.q), pointer(outputs.scales)
-    args.stride_row, args.stride_group = calls.scale_strides(outputs.scales)
+    results_into(args, outputs)
     args.base, args.section = layout.two_shot_offset // 16, layout.inbox // 16
     args.slot_vectors, args.outbox, args.outscales = (
         layout.two_shot_slot // 16, layout.outbox_offset // 16, layout.scales_offset // 16

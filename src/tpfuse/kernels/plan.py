@@ -16,6 +16,9 @@ THREADS_PER_SM = 65536 // MAX_REGISTERS
 # The largest message of the one-shot, over all peers together, and of one launch of the two-shot.
 ONE_SHOT_BYTES = 32 << 20
 TWO_SHOT_BYTES = 32 << 20
+# The largest region of the rows next to products: longer calls go in several turns.
+REGION_BYTES = 512 << 20
+REGION_HEAD = 4096  # its flags (cuda/flags.cuh)
 # Where nothing was measured: a message's bytes up to which Triton's one-shot was ahead of CUDA's on two H100s, and bytes to
 # the peers up to which more than two ranks send their rows whole (N - 1 copies, one wait) rather than by the two-shot
 # (2 (N - 1) / N copies, two waits).
@@ -122,3 +125,46 @@ class ChannelLayout:
     def two_shot_rows(self, row_bytes: int) -> int:
         """Rows of one two-shot launch; 0 where not even one a rank fits."""
         return min(self.inbox // row_bytes * self.world, self.outbox // row_bytes)
+
+
+@dataclass(frozen=True)
+class RegionLayout:
+    """Where rows that come from other ranks lie in a rank's region.  Sizes and offsets in bytes; the flags come first.
+
+    Of a reduce-scatter: `world` sections of `part` bytes, one for each rank's partial rows of this rank's share.  Of a gather:
+    the rows of all ranks one after another, then, `scales_offset` on, their scales likewise.
+    """
+
+    world: int
+    part: int
+    scales: int
+
+    @staticmethod
+    def of(world: int, max_tokens: int, hidden: int, itemsize: int, with_scales: bool) -> RegionLayout:
+        """Room for calls of up to `max_tokens` rows, of all ranks together.  Scales may take a byte for 8 columns, and 16."""
+        row, scales = align(hidden * itemsize, VECTOR_BYTES), align(ceil_div(hidden, 8), VECTOR_BYTES) + 16
+        share = max(1, min(ceil_div(max_tokens, world), REGION_BYTES // world // row))
+        return RegionLayout(world, align(share * row), align(share * scales) if with_scales else 0)
+
+    @property
+    def scales_offset(self) -> int:
+        return REGION_HEAD + self.world * self.part
+
+    @property
+    def total(self) -> int:
+        return self.scales_offset + self.world * self.scales
+
+    def rows(self, row_bytes: int, scale_bytes: int = 0) -> int:
+        """Rows of a rank in one turn; 0 where not even one fits."""
+        rows = self.part // row_bytes
+        return min(rows, self.scales // scale_bytes) if scale_bytes else rows
+
+
+def share_of(rank: int, share: int, tokens: int, first: int, end: int) -> tuple[int, int]:
+    """Rows `first` to `end` of a rank's share among all `tokens` rows, `share` a rank: the last ranks have fewer, or none."""
+    return min(tokens, rank * share + first), min(tokens, rank * share + end)
+
+
+def turns(share: int, rows: int) -> list[tuple[int, int]]:
+    """A share in turns of at most `rows` rows: [first, end) of each."""
+    return [(first, min(share, first + rows)) for first in range(0, share, rows)]

@@ -42,6 +42,13 @@ OPERATORS = (
         for norm in ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm") for quantize in ("", "_quantize")
         for gather in ("", "_all_gather")
     ),
+    *(
+        f"{product}_reduce_scatter{norm}"
+        for product in ("matmul", "scaled_matmul")
+        for norm in ("", *(f"_{n}{q}" for n in ("rms_norm", "add_rms_norm", "rms_norm_add_rms_norm") for q in ("", "_quantize")))
+    ),
+    "all_gather_matmul",
+    "all_gather_scaled_matmul",
 )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def prepare(
     }  # fmt: skip
     if shim.is_capturing():
         raise FusionError("a workspace cannot be prepared inside graph capture: prepare the group before")
-    _agree(process_group, request, timeout)
+    agree(process_group, request, timeout)
     known = _workspaces.get(name)
     if known is not None:
         merged = {key: max(value, known.request[key]) for key, value in request.items()}
@@ -109,7 +109,7 @@ def release(group: Any) -> None:
     process_group = shim.group_of(group)
     workspace = _find(process_group.group_name)
     torch.cuda.synchronize()
-    _agree(process_group, "release", workspace.request["timeout"])
+    agree(process_group, "release", workspace.request["timeout"])
     workspace.buffers.clear()
 
 
@@ -124,7 +124,11 @@ def restore(group: Any) -> None:
         channel.connect(buffer, addresses)
         workspace.buffers.append((buffer, mapping))
     torch.cuda.synchronize()
-    _agree(process_group, "restored", workspace.request["timeout"])
+    agree(process_group, "restored", workspace.request["timeout"])
+
+
+def is_prepared(group: Any) -> bool:
+    return shim.group_of(group).group_name in _workspaces
 
 
 def channel_of(group: str) -> Channel:
@@ -154,7 +158,7 @@ def _find(group: str) -> Workspace:
     return _workspaces[group]
 
 
-def _agree(group: dist.ProcessGroup, what: Any, timeout: float) -> None:
+def agree(group: dist.ProcessGroup, what: Any, timeout: float) -> None:
     """Wait for every rank of `group` to say `what`; FusionError naming who has not, or says something else."""
     generation = _generation[group.group_name] = _generation.get(group.group_name, 0) + 1
     prefix = f"tpfuse/workspace/{group.group_name}/{generation}"

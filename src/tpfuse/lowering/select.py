@@ -14,6 +14,7 @@ from torch import fx
 from tpfuse.formats import Scheme
 from tpfuse.ir.op import Kernel, Op, find
 from tpfuse.lowering import cuda_kernels as _cuda  # noqa: F401
+from tpfuse.lowering import gemm_kernels as _gemm  # noqa: F401
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
 from tpfuse.lowering import product_kernels as _products  # noqa: F401
 from tpfuse.lowering import residuals

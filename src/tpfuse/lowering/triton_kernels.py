@@ -105,11 +105,16 @@ def _tiles(x: Any) -> bool:
 
 def collective_supports(args: Args, target: Target) -> Decline | None:
     """For a collective and the norm behind it, whatever the algorithm."""
+    return ranks_support(target) or norm_supports(args, target)
+
+
+def ranks_support(target: Target) -> Decline | None:
+    """For any kernel that writes into other ranks' memory."""
     if not 2 <= target.world <= MAX_WORLD:
         return Decline("world_size", f"{target.world} ranks: 2 to {MAX_WORLD} are supported")
     if not target.peer_access:
         return Decline("no_peer_access", "the ranks cannot map each other's memory")
-    return norm_supports(args, target)
+    return _device(target)
 
 
 def _device(target: Target) -> Decline | None:

@@ -76,7 +76,9 @@ __device__ __forceinline__ void store_norm(void *norm, i64 row, int vectors, int
     }
 }
 
-// h: the sum → its norm, in place.  Row `row` of `a.reduced` gets what the norm was taken of.
+constexpr bool NORMED = NORM || OWN_NORM || SCHEME != NO_SCHEME;  // else only the sum is wanted
+
+// h: the sum → its norm, in place, where anybody wants it.  Row `row` of `a.reduced` gets what the norm was taken of.
 __device__ __forceinline__ void to_norm(
     float (&h)[VPT][8], const uint4 (&residual)[VPT], const uint4 (&weight)[VPT], const uint4 (&weight2)[VPT], i64 row,
     const bool (&active)[VPT], RowReduce &reduce, const Args &a) {
@@ -96,6 +98,7 @@ __device__ __forceinline__ void to_norm(
         for (int k = 0; k < VPT; k++)
             if (active[k]) a.reduced[row * a.vectors + threadIdx.x + k * THREADS] = narrow(h[k]);
     }
+    if constexpr (!NORMED) return;
     if constexpr (SANDWICH) normalise<WEIGHT2>(h, weight2, a.eps2, a.weight_bias, hidden, reduce);
     else normalise<WEIGHT>(h, weight, a.eps, a.weight_bias, hidden, reduce);
 }

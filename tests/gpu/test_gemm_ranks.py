@@ -1,0 +1,189 @@
+"""Products next to collectives between GPUs, a process and a GPU per rank: arithmetic, turns, poison, replay, lost peers.
+
+As many ranks as there are GPUs (`TPFUSE_TEST_WORLD` asks for fewer).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.kernels.spawned import run_spawned
+
+pytest.importorskip("triton")
+WORLD = int(os.environ.get("TPFUSE_TEST_WORLD", torch.cuda.device_count()))
+pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(300)]
+ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # equal calls give equal bits, whatever stream they are on
+
+
+def begin(rank: int, max_tokens: int, hidden: int) -> str:
+    """Everything prepared for so many rows; more go in turns."""
+    from tpfuse.runtime import workspaces
+
+    torch.cuda.set_device(rank)
+    torch.use_deterministic_algorithms(True)  # which fills empty tensors with NaN
+    group = dist.group.WORLD.group_name  # type: ignore[union-attr]
+    for prepare in (workspaces.prepare, workspaces.prepare_scatter, workspaces.prepare_gather):
+        prepare(group, max_tokens, hidden, timeout=20.0)
+    return group
+
+
+def poison(group: str) -> None:
+    """NaN wherever rows of other ranks will lie, while no rank calls."""
+    from tpfuse.kernels.plan import REGION_HEAD
+    from tpfuse.kernels.regions import GATHER, SCATTER, region_of
+
+    torch.cuda.synchronize()
+    dist.barrier()
+    for kind in (SCATTER, GATHER):
+        region = region_of(kind, group)
+        region.buffers[region.rank][REGION_HEAD:].fill_(-1)
+    torch.cuda.synchronize()
+    dist.barrier()
+
+
+def every_case(rank: int, world: int, operator: str) -> int:
+    from tests.gpu import problems
+
+    group = begin(rank, 2100, 5120)
+    cases = {"matmul_reduce_scatter": problems.scatters, "all_gather_matmul": problems.gathers}[operator](rank, world, group)
+    for problem, algorithm in cases:
+        poison(group)
+        problem.check(problem.launcher(algorithm)(), algorithm)
+    for problem, algorithm in cases[:8]:  # what a call returned stays as it is when the next one comes
+        other = replace(problem, args=(problem.args[0] * 2, *problem.args[1:]))
+        first = problem.launcher(algorithm)()
+        seen = [t.clone() for t in first]
+        second = other.launcher(algorithm)()
+        other.launcher(algorithm)()
+        assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
+        assert rank or all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))  # the last ranks may have no rows
+    return len(cases)
+
+
+@pytest.mark.parametrize("operator", ["matmul_reduce_scatter", "all_gather_matmul"])
+def test_sizes_dtypes_and_algorithms(operator: str) -> None:
+    assert all(n >= 28 for n in run_spawned(every_case, WORLD, operator, environment=ENVIRONMENT, timeout=120))
+
+
+def back_to_back(rank: int, world: int, count: int) -> int:
+    """Calls of changing size and algorithm without a pause, ranks slowed down at random; then graphs in mixed order."""
+    from tests.gpu import problems
+
+    group, generator, own = begin(rank, 600, 4096), random.Random(0), random.Random(rank)
+    calls = []
+    for i, tokens in enumerate((1, 5, 64, 129, 512, 700)):
+        made = [
+            problems.scatter(rank, world, group, tokens, 256, (1024, 4096)[i % 2], torch.bfloat16, i % 2 == 0, 50 * i),
+            problems.gather(rank, world, group, tokens, (4096, 1024)[i % 2], (256, 64), torch.float16, False, i % 3 == 0, 50 * i),
+        ]
+        calls += [(p, a, p.launcher(a)) for p in made for a in problems.ALGORITHMS[p.name]]
+    wanted = []
+    for problem, algorithm, launch in calls:
+        results = launch()
+        problem.check(results, algorithm)
+        wanted.append([t.clone() for t in results])
+    torch.use_deterministic_algorithms(False)
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def compare(index: int, results: list[Any]) -> None:
+        for got, want in zip(results, wanted[index], strict=True):
+            wrong.add_((got != want).sum())
+
+    for _ in range(count):
+        index = generator.randrange(len(calls))
+        if own.random() < 0.05:
+            torch.cuda._sleep(own.randrange(400_000))
+        compare(index, calls[index][2]())
+    assert int(wrong) == 0
+    graphs = []
+    for _ in range(4):
+        chosen = [generator.randrange(len(calls)) for _ in range(5)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = [calls[index][2]() for index in chosen]
+        graphs.append((graph, chosen, outputs))
+    for step in range(100):
+        graph, chosen, outputs = graphs[generator.randrange(4)]
+        for results in outputs:
+            for t in results:
+                t.fill_(float("nan"))
+        if own.random() < 0.2:
+            torch.cuda._sleep(own.randrange(400_000))
+        graph.replay()
+        for index, results in zip(chosen, outputs, strict=True):
+            compare(index, results)
+        if step % 7 == 0:
+            compare(step % len(calls), calls[step % len(calls)][2]())
+    assert int(wrong) == 0
+    return count
+
+
+def test_back_to_back_and_replay() -> None:
+    run_spawned(back_to_back, WORLD, 2_000, environment=ENVIRONMENT, timeout=150)
+
+
+def release_and_restore(rank: int, world: int) -> None:
+    from tests.gpu import problems
+    from tpfuse.runtime import workspaces
+
+    group = begin(rank, 64, 1024)
+    made = [
+        problems.scatter(rank, world, group, 33, 64, 1024, torch.bfloat16, True, 1),
+        problems.gather(rank, world, group, 33, 1024, (64,), torch.bfloat16, True, True, 2),
+    ]
+    workspaces.prepare_scatter(group, 128, 1024, timeout=20.0)  # enlarged
+    for turn in range(2):
+        for problem in made:
+            for algorithm in problems.ALGORITHMS[problem.name]:
+                problem.check(problem.launcher(algorithm)(), algorithm)
+        if turn == 0:
+            workspaces.release(group)
+            with pytest.raises(RuntimeError, match="region"):
+                made[0].launcher("chunked")()
+            workspaces.restore(group)
+
+
+def test_release_and_restore() -> None:
+    run_spawned(release_and_restore, WORLD, environment=ENVIRONMENT, timeout=100)
+
+
+LOST = [("matmul_reduce_scatter", "chunked"), ("all_gather_matmul", "chunked"), ("all_gather_matmul", "push")]
+
+
+def test_a_peer_that_does_not_come_is_named() -> None:
+    """Within the bound of 5 s, start-up and compilation aside; the three cases run side by side."""
+    root, script = Path(__file__).parents[2], Path(__file__).with_name("lost_product.py")
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
+    ranks: list[list[subprocess.Popen[str]]] = []
+    try:
+        for operator, algorithm in LOST:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            ranks.append([
+                subprocess.Popen(
+                    [sys.executable, str(script), str(rank), str(WORLD), str(port), operator, algorithm], env=environment,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                )
+                for rank in range(WORLD)
+            ])  # fmt: skip
+        for (operator, _), processes in zip(LOST, ranks, strict=True):
+            said = processes[0].communicate(timeout=90)[0]
+            assert f"{operator}: rank 0 waited in vain for rank {WORLD - 1} (call 3 of its channel)" in said, said
+            assert processes[0].returncode != 0 and "finished" not in said
+    finally:
+        for processes in ranks:
+            for process in processes:
+                process.kill()
+                process.wait()

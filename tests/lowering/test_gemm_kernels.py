@@ -1,0 +1,75 @@
+"""Which kernel of a product next to a collective serves what, by constructed targets; no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.ir import overlap
+from tpfuse.ir.op import Op, load
+from tpfuse.lowering.select import Pick, pick
+from tpfuse.lowering.table import Entry, Table
+from tpfuse.report import Decline
+from tpfuse.target import Target
+
+BACKENDS = frozenset({"reference", "cuda"})
+H100 = Target("cuda", 90, 2, True, backends=BACKENDS)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def scatter(k: int = 2048, n: int = 4096, dtype: torch.dtype = torch.bfloat16, **others: Any) -> dict[str, Any]:
+    given = {"x": empty(64, k, dtype=dtype), "weight": empty(k, n, dtype=dtype), "bias": None}
+    return {**given, "padded": True, "group": "tp", **others}
+
+
+def gather(
+    k: int = 4096, widths: tuple[int, ...] = (1024, 256), dtype: torch.dtype = torch.bfloat16, **others: Any
+) -> dict[str, Any]:  # fmt: skip
+    weights = [empty(k, n, dtype=dtype) for n in widths]
+    given = {"x": empty(32, k, dtype=dtype), "weights": weights, "biases": [None] * len(weights), "rows": None, "keep": False}
+    return {**given, "group": "tp", **others}
+
+
+CASES = [(overlap.matmul_reduce_scatter, scatter), (overlap.all_gather_matmul, gather)]
+
+
+@pytest.mark.parametrize("op, arguments", CASES, ids=lambda c: getattr(c, "name", ""))
+def test_each_is_there_on_request(op: Op, arguments: Any) -> None:
+    names = [k.name for k in op.kernels if k.backend == "cuda"]
+    assert names and all(k.on_request and k.prepare for k in op.kernels if k.backend == "cuda")
+    assert isinstance(pick(op, arguments(), H100, "auto"), Decline)
+    for name in names:
+        table = Table(entries=(Entry(op.name, "bfloat16", 2, ((None, name),)),))
+        found = pick(op, arguments(), H100, "auto", table)
+        assert isinstance(found, Pick) and found.name == name
+        assert callable(load(found.kernels[0][1].launch)) and callable(load(found.kernels[0][1].prepare))
+
+
+@pytest.mark.parametrize(
+    "op, args, target, code",
+    [
+        (overlap.matmul_reduce_scatter, scatter(n=4100), H100, "hidden_not_multiple_of_8"),
+        (overlap.matmul_reduce_scatter, scatter(n=16392), H100, "hidden_too_large"),
+        (overlap.matmul_reduce_scatter, scatter(dtype=torch.float32), H100, "dtype"),
+        (overlap.matmul_reduce_scatter, scatter(bias=empty(4096, dtype=torch.float32)), H100, "weight_dtype"),
+        (overlap.matmul_reduce_scatter, scatter(x=empty(2, 32, 2048)), H100, "dimensions"),
+        (overlap.matmul_reduce_scatter, scatter(), Target("cuda", 90, 9, True, backends=BACKENDS), "world_size"),
+        (overlap.matmul_reduce_scatter, scatter(), Target("cuda", 90, 2, False, backends=BACKENDS), "no_peer_access"),
+        (overlap.matmul_reduce_scatter, scatter(), Target("cuda", 80, 2, True, backends=BACKENDS), "no_sm_90"),
+        (overlap.all_gather_matmul, gather(k=4100), H100, "hidden_not_multiple_of_8"),
+        (overlap.all_gather_matmul, gather(dtype=torch.float32), H100, "dtype"),
+        (overlap.all_gather_matmul, gather(biases=[None, empty(256, dtype=torch.float16)]), H100, "weight_dtype"),
+        (overlap.all_gather_matmul, gather(), Target("cuda", 90, 2, False, backends=BACKENDS), "no_peer_access"),
+    ],
+)
+def test_declines_are_named(op: Op, args: dict[str, Any], target: Target, code: str) -> None:
+    found = pick(op, args, target, "cuda")
+    assert isinstance(found, Decline) and found.code == "no_kernel"
+    for kernel in op.kernels[1:]:
+        if kernel.backend == "cuda":
+            assert f"{kernel.name}: {code}" in found.detail
