@@ -10,8 +10,11 @@ import torch
 from tests.kernels.emulated import regions
 from tpfuse import formats
 from tpfuse.formats.layouts import apply_layout, gather_scales, groups_of, remove_layout
+from tpfuse.ir import collective, overlap
+from tpfuse.ir.chained import Chained
 from tpfuse.ir.matmul import scaled_matmul, scaled_sample
 from tpfuse.kernels import operands, product_gather, product_scatter
+from tpfuse.kernels.cuda_sharded import ShardCall
 from tpfuse.kernels.operands import Product, Rows, plain
 from tpfuse.kernels.plan import REGION_BYTES, REGION_HEAD, RegionLayout, share_of, turns
 from tpfuse.kernels.regions import GATHER, SCATTER
@@ -212,3 +215,19 @@ def test_every_row_has_one_turn_of_one_rank(world: int, tokens: int, fitting: in
             assert stop - begin <= end - first
             seen += range(begin, stop)
     assert sorted(seen) == list(range(tokens))
+
+
+@pytest.mark.parametrize("op", overlap.WITH_NORM, ids=lambda op: op.name)
+def test_what_follows_a_product_is_its_call(monkeypatch: Any, op: Chained) -> None:
+    monkeypatch.setattr(collective, "world_size", lambda group: 1)
+    args = op.sample(tokens=6, hidden=64, dtype=torch.bfloat16, group="")
+    values = [args[name] for name in op.params]
+    own, by, call = product_scatter._call_of(op.name, values, (True,) * op.results)
+    assert call.operator == op.name and call.sandwich == ("weight2" in op.params) and own.values is args["x"]
+    assert call.x.shape == (6, 64) and call.x.dtype == by.dtype == torch.bfloat16 and by.weight.values is args["w"]
+    for name, value in op.after(args).items():  # as the operator behind the product gets it
+        if name in ShardCall.__dataclass_fields__ and name != "x":
+            assert getattr(call, name) is value or getattr(call, name) == value, name
+    outputs = call.shard_outputs(1)
+    results = (outputs.q, outputs.scales, outputs.own_norm, outputs.reduced)[-op.results :]
+    assert [(r.shape, r.dtype) for r in results] == [(r.shape, r.dtype) for r in op.then.fake(*op.after(args).values())]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tpfuse.ir import overlap
+from tpfuse.ir.chained import Chained
 from tpfuse.ir.op import Op, load
 from tpfuse.lowering.select import Pick, pick
 from tpfuse.lowering.table import Entry, Table
@@ -73,3 +74,41 @@ def test_declines_are_named(op: Op, args: dict[str, Any], target: Target, code: 
     for kernel in op.kernels[1:]:
         if kernel.backend == "cuda":
             assert f"{kernel.name}: {code}" in found.detail
+
+
+SHAPE: dict[str, Any] = {"tokens": 6, "hidden": 64, "width": 64, "dtype": torch.bfloat16, "group": ""}
+SCHEMES = ("fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
+
+
+@pytest.mark.parametrize("op", [overlap.scaled_matmul_reduce_scatter, overlap.all_gather_scaled_matmul], ids=lambda op: op.name)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_quantised_rows(op: Op, scheme: str) -> None:
+    args = op.sample(**SHAPE, scheme=scheme)
+    found = pick(op, args, H100, "cuda")
+    assert isinstance(found, Pick) and found.name == "cuda:chunked", found
+    alphas = "alpha" if "alpha" in args else "alphas"
+    for changed, code in (
+        ({"out_dtype": "float8_e4m3fn"} if alphas == "alpha" or scheme not in ("fp8_tensor", "fp8_token") else None, "out_dtype"),
+        ({alphas: torch.ones(1) if alphas == "alpha" else [torch.ones(1)] * 2} if scheme == "fp8_token" else None, "alpha"),
+    ):
+        if changed is not None:
+            declined = pick(op, {**args, **changed}, H100, "cuda")
+            assert isinstance(declined, Decline) and f"cuda:chunked: {code}" in declined.detail
+
+
+@pytest.mark.parametrize("op", overlap.WITH_NORM, ids=lambda op: op.name)
+def test_the_norm_behind_a_product(op: Chained) -> None:
+    args = op.sample(**SHAPE)
+    for algorithm in ("plain", "chunked"):
+        entry = Entry(op.name, "bfloat16", 2, ((None, f"cuda:{algorithm}"),), scheme=args.get("w_scheme", args.get("scheme", "")))
+        found = pick(op, args, H100, "auto", Table(entries=(entry,)))
+        assert isinstance(found, Pick) and found.name == f"cuda:{algorithm}"
+        assert callable(load(found.kernels[0][1].launch))
+    wide = {**args, "w": torch.empty(64, 16392, dtype=args["w"].dtype, device="meta")}
+    for changed, code in (
+        (wide, "hidden_too_large"),
+        ({**args, "residual": args["residual"].float()} if "residual" in args else None, "row_dtype"),
+    ):
+        if changed is not None:
+            declined = pick(op, changed, H100, "cuda")
+            assert isinstance(declined, Decline) and f"cuda:chunked: {code}" in declined.detail
