@@ -5,6 +5,7 @@ As many ranks as there are GPUs (`TPFUSE_TEST_WORLD` asks for fewer).
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import socket
@@ -52,28 +53,63 @@ def poison(group: str) -> None:
     dist.barrier()
 
 
-def every_case(rank: int, world: int, operator: str) -> int:
+KINDS = ("scatters", "gathers", "scaled_scatters", "scaled_gathers", "with_norms")
+
+
+def every_case(rank: int, world: int) -> dict[str, tuple[int, list[str]]]:
+    """How many cases of each kind there were, and what was wrong."""
     from tests.gpu import problems
 
-    group = begin(rank, 2100, 5120)
-    cases = {"matmul_reduce_scatter": problems.scatters, "all_gather_matmul": problems.gathers}[operator](rank, world, group)
-    for problem, algorithm in cases:
-        poison(group)
-        problem.check(problem.launcher(algorithm)(), algorithm)
-    for problem, algorithm in cases[:8]:  # what a call returned stays as it is when the next one comes
-        other = replace(problem, args=(problem.args[0] * 2, *problem.args[1:]))
-        first = problem.launcher(algorithm)()
-        seen = [t.clone() for t in first]
-        second = other.launcher(algorithm)()
-        other.launcher(algorithm)()
-        assert all(torch.equal(a, b) for a, b in zip(first, seen, strict=True))
-        assert rank or all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))  # the last ranks may have no rows
-    return len(cases)
+    group, outcome = begin(rank, 2100, 5120), {}
+    for kind in KINDS:
+        wrong, cases = [], getattr(problems, kind)(rank, world, group)
+        for problem, algorithm in cases:
+            poison(group)
+            try:
+                problem.check(problem.launcher(algorithm)(), algorithm)
+            except Exception as error:
+                wrong.append(f"{problem.name} {algorithm} {problem.what}: {error!r}")
+        outcome[kind] = len(cases), wrong
+    return outcome
 
 
-@pytest.mark.parametrize("operator", ["matmul_reduce_scatter", "all_gather_matmul"])
-def test_sizes_dtypes_and_algorithms(operator: str) -> None:
-    assert all(n >= 28 for n in run_spawned(every_case, WORLD, operator, environment=ENVIRONMENT, timeout=120))
+@functools.cache
+def outcomes() -> list[dict[str, tuple[int, list[str]]]]:
+    return run_spawned(every_case, WORLD, environment=ENVIRONMENT, timeout=200)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_schemes_and_algorithms(kind: str) -> None:
+    for count, wrong in (outcome[kind] for outcome in outcomes()):
+        assert count >= 28 and not wrong, "\n".join(wrong)
+
+
+def changed_inputs(rank: int, world: int) -> int:
+    """What a call returned stays as it is when the next ones come."""
+    from tests.gpu import problems
+
+    group = begin(rank, 600, 4096)
+    made = [
+        problems.scatter(rank, world, group, 129, 256, 4096, torch.bfloat16, False, 1),
+        problems.gather(rank, world, group, 129, 4096, (256,), torch.bfloat16, False, True, 2),
+        problems.scaled_gather(rank, world, group, 129, 1024, (256,), "fp8_token", "row", False, True, 3),
+        problems.with_norm(rank, world, group, "matmul_reduce_scatter_add_rms_norm", 129, 1024, "", "", 4),
+    ]
+    for problem in made:
+        for algorithm in ("push" if "gather" in problem.name else "plain", "chunked"):
+            changed = problem.args[0].view(torch.int8).flip(0).view(problem.args[0].dtype)  # other rows
+            other = replace(problem, args=(changed, *problem.args[1:]))
+            first = problem.launcher(algorithm)()
+            seen = [t.clone() for t in first]
+            second = other.launcher(algorithm)()
+            other.launcher(algorithm)()
+            assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, seen, strict=True))
+            assert not torch.equal(first[0], second[0])
+    return len(made)
+
+
+def test_earlier_results_stay() -> None:
+    run_spawned(changed_inputs, WORLD, environment=ENVIRONMENT, timeout=100)
 
 
 def back_to_back(rank: int, world: int, count: int) -> int:
