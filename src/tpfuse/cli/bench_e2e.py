@@ -85,8 +85,10 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     for name, scheme in ((name, scheme) for name in job.shapes for scheme in job.schemes):
         torch.manual_seed(place.rank)
         stack = Stack(SHAPES[name], job.layers, place.world, torch.bfloat16, scheme=scheme)
-        decode = e2e.decode_variants(ranks.group, job.table, max(job.decode, default=1), flashinfer)
-        runner = e2e.Runner(stack, decode, e2e.prefill_variants(ranks.group, job.table, max(job.prefill, default=1)))
+        decode, prefill = (
+            e2e.Variants(ranks.group, scheme, job.table, max(counts, default=1)) for counts in (job.decode, job.prefill)
+        )
+        runner = e2e.Runner(stack, decode.decode(flashinfer), prefill.prefill())
         for tokens, cached in points:
             if job.limit_s is not None and ranks.share(time.monotonic() - begin)[0] > job.limit_s:
                 break

@@ -16,6 +16,7 @@ from tpfuse import shim
 from tpfuse.compiler import CompiledModel
 from tpfuse.config import PASSES, Config
 from tpfuse.measure.forms import ALONE, Form, all_reduced, sequence_parallel
+from tpfuse.measure.linears import OWN
 from tpfuse.measure.points import AGAIN
 from tpfuse.measure.stack import Stack
 from tpfuse.measure.timing import Timer, slowest, summary
@@ -47,27 +48,38 @@ class Variant:
         return torch.compile(model, **how) if self.config is None else tpfuse.compile(model, self.config, **how)
 
 
-def decode_variants(group: dist.ProcessGroup, table: str | None, max_tokens: int, flashinfer: bool) -> list[Variant]:
-    """The plain one first.  The stack without collectives is measured too: what is between the two is the room."""
-    form, limits = all_reduced(group), {"max_tokens": max_tokens}
-    found = [Variant(PLAIN, form), Variant(OURS, form, Config.of({**limits, "table": table}))]
-    if flashinfer:
-        found.append(Variant("flashinfer_one_shot", form, Config.of({**limits, "kernels": "flashinfer"})))
-    return [*found, Variant(ROOM, ALONE)]
+class Variants:
+    """How a stack of a scheme is compiled.  Where only tpfuse has the products, the plain stack is one that it compiles without
+    any fusion, and there is nothing that torch could overlap."""
 
+    def __init__(self, group: dist.ProcessGroup, scheme: str, table: str | None, max_tokens: int) -> None:
+        self.group, self.own = group, scheme in OWN
+        self.limits = {"max_tokens": max_tokens, "table": table}
+        self.form = all_reduced(group)
+        bare = Config.of({**self.limits, "passes": ()}) if self.own else None
+        self.plain, self.room = Variant(PLAIN, self.form, bare), Variant(ROOM, ALONE, bare)
 
-def prefill_variants(group: dist.ProcessGroup, table: str | None, max_tokens: int) -> list[Variant]:
-    """The plain one first; then the stack written with reduce-scatter and all-gather, with torch's async TP and without; tpfuse
-    as its table says, and with its residual sharded whatever the table says; the stack without collectives."""
-    form, limits = all_reduced(group), {"max_tokens": max_tokens, "table": table}
-    return [
-        Variant(PLAIN, form),
-        Variant(SHARDED, sequence_parallel(group)),
-        Variant(ASYNC, sequence_parallel(group), options=shim.async_tp(group)),
-        Variant(OURS, form, Config.of(limits)),
-        Variant(FORCED, form, Config.of({**limits, "passes": PASSES})),
-        Variant(ROOM, ALONE),
-    ]
+    def decode(self, flashinfer: bool) -> list[Variant]:
+        """The plain one first.  The stack without collectives is measured too: what is between the two is the room."""
+        found = [self.plain, Variant(OURS, self.form, Config.of(self.limits))]
+        if flashinfer:
+            found.append(Variant("flashinfer_one_shot", self.form, Config.of({**self.limits, "kernels": "flashinfer"})))
+        return [*found, self.room]
+
+    def prefill(self) -> list[Variant]:
+        """The plain one first; then the stack written with reduce-scatter and all-gather, with torch's async TP and without;
+        tpfuse as its table says, and with its residual sharded whatever the table says; the stack without collectives."""
+        peers = [
+            Variant(SHARDED, sequence_parallel(self.group)),
+            Variant(ASYNC, sequence_parallel(self.group), options=shim.async_tp(self.group)),
+        ]
+        return [
+            self.plain,
+            *([] if self.own else peers),
+            Variant(OURS, self.form, Config.of(self.limits)),
+            Variant(FORCED, self.form, Config.of({**self.limits, "passes": PASSES})),
+            self.room,
+        ]
 
 
 class Runner:
