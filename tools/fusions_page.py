@@ -58,7 +58,7 @@ BY_HAND: dict[str, tuple[str, str, dict[str, str]]] = {
 END_TO_END: dict[str, dict[str, str]] = {
     "chain model, 2 ranks, bf16": {s: f"{CHAIN}::test_two_ranks[{s}-2]" for s in _MIXED},
     "chain model, 3 ranks, fp16": {s: f"{CHAIN}::test_three_ranks[{s}-3]" for s in _MIXED},
-    "chain model, 4 ranks": {"nvfp4": f"{CHAIN}::test_four_ranks[nvfp4-4]"},
+    "chain model, 4 ranks, bf16": {s: f"{CHAIN}::test_four_ranks[{s}-4]" for s in _MIXED},
     "chain model with Gemma's norm, 4 ranks": {"plain": f"{CHAIN}::test_four_ranks[gemma-4]"},
     **{
         f"{name}, 2 ranks": {s: f"{MODELS}::{test}" for s in _MIXED}

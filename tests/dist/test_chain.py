@@ -88,9 +88,9 @@ def test_three_ranks(ranks, scheme):
 
 
 @pytest.mark.parametrize("ranks", [4], indirect=True)
-@pytest.mark.parametrize("scheme", ["nvfp4", "gemma"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_four_ranks(ranks, scheme):
-    check(ranks, scheme, *((torch.bfloat16, 64, 128) if scheme == "nvfp4" else (torch.float16, 64, 0)))
+    check(ranks, scheme, torch.float16 if scheme == "gemma" else torch.bfloat16, 128, 16)
 
 
 @pytest.mark.parametrize("scheme", ["fp8_group128"])

@@ -93,6 +93,6 @@ def _convert(values: Tensor, scheme: Scheme) -> Tensor:
 def _blocks(rows: Tensor, groups: Any, group: int) -> Tensor:
     """[rows, cols] -> [rows, groups, group]; a partial last group is filled with zeros, which leave its amax alone."""
     missing = groups * group - rows.shape[1]
-    if missing:
-        rows = torch.nn.functional.pad(rows, (0, missing))
+    if missing:  # aten's pad takes no symbolic number of rows from a traced body
+        rows = torch.cat([rows, rows.new_zeros([rows.shape[0], missing])], 1)
     return rows.reshape(-1, groups, group)
