@@ -7,7 +7,7 @@ tpfuse's operator where aten has none for a scheme.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ LATENT = {
 EXTRA: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-5},
     "qwen3": {},
-    "gemma3_text": {"query_pre_attn_scalar": WIDTH, "layer_types": ["full_attention"] * len(SCHEMES)},
+    "gemma3_text": {"query_pre_attn_scalar": WIDTH},
     "deepseek_v3": LATENT,
 }
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "q_b_proj", "kv_b_proj")
@@ -121,14 +121,21 @@ class Experts(nn.Module):
         return _c10d.wait_tensor(_c10d.all_reduce(self.experts(*args), "sum", self.group))
 
 
-def build(name: str, group: str, rank: int, world: int, schemes: Sequence[str] = SCHEMES, head: bool = False) -> nn.Module:
+def build(
+    name: str, group: str, rank: int, world: int, schemes: Sequence[str] = SCHEMES, head: bool = False,
+    linear: Callable[..., nn.Module] = Linear,
+) -> nn.Module:  # fmt: skip
     """A rank's part of the same random model, in bfloat16; layer i is of schemes[i].  Without a head it ends in its last norm.
+    linear: what stands for a linear layer, made as `Linear` is.
 
     Norm weights lie away from one, and hidden states are small, so that a wrong weight or epsilon shows.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(name, **{**SHAPE, **EXTRA[name], "num_hidden_layers": len(schemes)})
+    layers = {"num_hidden_layers": len(schemes)}
+    if name == "gemma3_text":
+        layers["layer_types"] = ["full_attention"] * len(schemes)
+    config = AutoConfig.for_model(name, **{**SHAPE, **EXTRA[name], **layers})
     config._experts_implementation = "batched_mm"
     kind = AutoModelForCausalLM if head else AutoModel
     model = kind.from_config(config).eval().requires_grad_(False)
@@ -149,11 +156,13 @@ def build(name: str, group: str, rank: int, world: int, schemes: Sequence[str] =
         other = torch.randn(model.lm_head.weight.shape, generator=generator)
         model.lm_head.weight.copy_(other + base.embed_tokens.weight.roll(7, 0) * 5)
     for layer, scheme in zip(base.layers, schemes, strict=True):
-        share(layer, scheme, group, rank, world)
+        share(layer, scheme, group, rank, world, linear)
     return model
 
 
-def share(layer: nn.Module, scheme: str, group: str, rank: int, world: int) -> None:
+def share(
+    layer: nn.Module, scheme: str, group: str, rank: int, world: int, linear: Callable[..., nn.Module]
+) -> None:  # fmt: skip
     """Keep this rank's part of a layer, its linear layers quantised; those that read the same rows share a static scale."""
     given = _fixed(torch.tensor(GIVEN[scheme])) if scheme in GIVEN else None
     for path, module in list(layer.named_modules()):
@@ -165,7 +174,7 @@ def share(layer: nn.Module, scheme: str, group: str, rank: int, world: int) -> N
                 weight = weight.chunk(world, 0)[rank]
             elif short in ROWS:
                 weight = weight.chunk(world, 1)[rank]
-            setattr(parent, short, Linear(weight.contiguous(), scheme, group if short in ROWS else "", given))
+            setattr(parent, short, linear(weight.contiguous(), scheme, group if short in ROWS else "", given))
         elif short == "experts":
             both = module.gate_up_proj.chunk(2, 1)
             module.gate_up_proj = nn.Parameter(torch.cat([w.chunk(world, 1)[rank] for w in both], 1), requires_grad=False)

@@ -124,6 +124,19 @@ def test_rows_are_quantised_before_the_gather(group, scheme, layout, token_bytes
     assert names(gm) == ["shard_rows", "reduce_scatter_add_rms_norm_quantize_all_gather"]
 
 
+def test_a_scale_of_all_tokens_waits_for_the_gather(group):
+    """The norm is gathered once, for its largest value and for the quantise that is scaled by it."""
+
+    def model(x, residual, w, m):
+        y = norm(residual + all_reduce(x, group), w)
+        return registry["quantize"].default(y, y.abs().amax() / 448, "fp8_tensor", "row")[0]
+
+    gm = graph(model, *ARGS)
+    events = fused(gm, SP)
+    assert [e.attributes["gathers"] for e in events if e.rule == "sequence_parallel"] == [1]
+    assert names(gm) == ["shard_rows", "reduce_scatter_add_rms_norm_all_gather", "quantize"]
+
+
 def test_gemma_everywhere(group):
     def model(x, residual, w, m):
         h = residual + norm(all_reduce(x, group), w, 1.0)

@@ -141,17 +141,22 @@ def _is_sum(node: fx.Node, group: str) -> bool:
 
 
 def _own_rows(graph: fx.Graph, group: str, shared: set[fx.Node]) -> set[fx.Node]:
-    """All that a rank could do on its own rows alone, were every sum scattered."""
+    """All that a rank could do on its own rows alone, were every sum scattered.  What takes a value worked out from gathered
+    rows (the scale of all tokens of a quantise) waits for a gather and is done on all rows."""
     own: set[fx.Node] = set()
+    behind: set[fx.Node] = set()  # a gather
     for node in graph.nodes:
         if _is_sum(node, group):
             if tensor(node).dim() > 1:
                 own.add(node)
         elif node.op == "call_function" and node in shared and any(a in own for a in node.all_input_nodes):
-            rows = row_operands(node, own.__contains__, shared)
+            rows = row_operands(node, own.__contains__, shared) or []
+            waits = any(a in behind for a in node.all_input_nodes if a not in rows)
             # Nothing is narrower than quantised rows: they are gathered as they are, whatever follows.
-            if rows and any(a in own for a in rows) and (regroups(node) or not any(map(_is_quantised, rows))):
+            if not waits and any(a in own for a in rows) and (regroups(node) or not any(map(_is_quantised, rows))):
                 own.add(node)
+        if node not in own and any(a in own or a in behind for a in node.all_input_nodes):
+            behind.add(node)
     return own
 
 
