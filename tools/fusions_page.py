@@ -17,6 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "fusions.md"
 RULES = "tests/fusion/test_rules.py"
 CHAIN = "tests/dist/test_chain.py"
 MODELS = "tests/dist/test_quantised_models.py"
+SUBCLASSES = "tests/dist/test_subclasses.py"
 COLUMNS = ("plain", *SCHEME_NAMES)
 _MIXED = ("plain", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
 # Cells that a rule's derivation does not decide: an attention kernel sees one head, a scale per token spans all of them.
@@ -78,6 +79,15 @@ END_TO_END: dict[str, dict[str, str]] = {
     ),
     "latent attention as an operator, column-major, TMA-aligned, packed UE8M0": {
         s: f"{RULES}::test_latent_attention[{s}-col+tma+ue8m0_packed]" for s in ("fp8_group128", "fp8_group64")
+    },
+    **{
+        f"{title}, quantised by torchao, 2 ranks": {
+            scheme: f"{SUBCLASSES}::test_models[{name}-{granularity}-2]"
+            for scheme, granularity in (("fp8_tensor", "tensor"), ("fp8_token", "row"))
+        }
+        for title, name in {
+            "Llama": "llama", "Gemma3": "gemma3_text", "DeepSeek-V3": "deepseek_v3", "Qwen3": "qwen3",
+        }.items()
     },
     "Llama's greedy tokens": {s: f"{MODELS}::test_greedy_tokens[{s}-2]" for s in _MIXED},
 }  # fmt: skip
