@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.dist import subclasses
+from tests.raising.capture import row_scales
 from tpfuse.testing import RankPool
 
 pytest.importorskip("transformers")
@@ -24,7 +25,7 @@ def on_cpu(rank: int, world: int, name: str, granularity: str) -> dict[str, Any]
         return subclasses.measure(rank, world, name, granularity, torch.device("cpu"), dist.group.WORLD.group_name)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("granularity", subclasses.GRANULARITIES)
+@pytest.mark.parametrize("granularity", [pytest.param("row", marks=row_scales), "tensor"])
 @pytest.mark.parametrize("name", subclasses.NAMES)
 def test_models(ranks: RankPool, name: str, granularity: str) -> None:
     subclasses.right(ranks.run(on_cpu, name, granularity, timeout=400), name, granularity)

@@ -6,18 +6,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import sympy
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
+from tpfuse import shim
 from tpfuse.ir.op import find
 from tpfuse.raising import raise_graph
 from tpfuse.report import Event
 from tpfuse.rewrite.inline import inline
+
+row_scales = pytest.mark.skipif(not shim.CPU_ROW_SCALES, reason="this torch multiplies no FP8 with a scale a row on CPU")
 
 
 def capture(fn: Callable[..., Any], args: Sequence[Any], dynamic: int | None = 0) -> tuple[fx.GraphModule, list[Any]]:
@@ -60,7 +65,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], dynamic: int | None = 0) 
         return mode.from_tensor(arg, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     fakes = [fake(i, arg) for i, arg in enumerate(args)]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), enable_python_dispatcher():  # which AOTAutograd traces under, too
         table = select_decomp_table()
         gm = make_fx(lambda *a: list(pytree.tree_leaves(fn(*a))), decomposition_table=table)(*fakes)
         # F.rms_norm is taken apart below functionalisation, into in-place steps: those go in a second pass

@@ -29,9 +29,14 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kind(kind: str, group: str) -> None:
-    found = raised(lambda x: c10d.wait_tensor(KINDS[kind](x + 1, group)) * 2, rows(), dynamic=None)
-    ((name, args),) = found.calls
-    assert name == kind and args["group"] == group and not found.events
+    """No values: what a scatter of this group leaves in its result differs from torch to torch."""
+    gm, _ = trace(lambda x: c10d.wait_tensor(KINDS[kind](x + 1, group)) * 2, [rows()], dynamic=None)
+    before = targets(gm.graph)
+    assert not raise_graph(gm.graph)
+    (node,) = gm.graph.find_nodes(op="call_function", target=registry[kind].default)
+    assert registry[kind].bind(node.args)["group"] == group
+    inline(gm.graph, node, registry[kind])
+    assert targets(gm.graph) == before and "wait_tensor" in before
 
 
 def test_launch_position(group: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.raising.capture import capture, raised, trace
+from tests.raising.capture import capture, raised, row_scales, trace
 from tpfuse.ir.op import find, registry
 from tpfuse.raising import raise_graph
 from tpfuse.raising.scaled_matmuls import kind_of
@@ -35,8 +35,8 @@ TENSOR = (torch.tensor(0.5), torch.tensor(0.25))
     [
         (TENSOR, {}, {"scheme": "fp8_tensor", "out_dtype": "bfloat16", "fast_accum": False}),
         ((torch.full((1, 1), 0.5), torch.full((1,), 0.5)), {}, {"scheme": "fp8_tensor"}),
-        (TOKEN, {"use_fast_accum": True}, {"scheme": "fp8_token", "fast_accum": True}),
-        (TOKEN, {"out_dtype": torch.float32}, {"scheme": "fp8_token", "out_dtype": "float32"}),
+        pytest.param(TOKEN, {"use_fast_accum": True}, {"scheme": "fp8_token", "fast_accum": True}, marks=row_scales),
+        pytest.param(TOKEN, {"out_dtype": torch.float32}, {"scheme": "fp8_token", "out_dtype": "float32"}, marks=row_scales),
         (TENSOR, {"out_dtype": None}, {"out_dtype": "float8_e4m3fn"}),
     ],
 )
@@ -48,7 +48,7 @@ def test_scaled_mm(scales: tuple[Tensor, Tensor], more: dict[str, Any], expected
 
 def test_bias_and_result_scale_are_kept() -> None:
     bias, result = torch.randn(N, dtype=torch.bfloat16), torch.tensor(2.0)
-    (call,) = raised(lambda x, w, a, b, c: mm(x, w, a, b, bias=c), *operands(), *TOKEN, bias).named("scaled_matmul")
+    (call,) = raised(lambda x, w, a, b, c: mm(x, w, a, b, bias=c), *operands(), *TENSOR, bias).named("scaled_matmul")
     assert call["bias"].op == "placeholder"
     (call,) = raised(
         lambda x, w, a, b, c: mm(x, w, a, b, scale_result=c, out_dtype=E4M3), *operands(), *TENSOR, result
@@ -56,6 +56,7 @@ def test_bias_and_result_scale_are_kept() -> None:
     assert call["result_scale"].op == "placeholder"
 
 
+@row_scales
 def test_torchao_linear_meets_its_quantise() -> None:
     """What torchao's per-row linear does with a 3-D input: the product takes the quantise's own scales."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from tests.raising.capture import capture, raise_exactly
+from tests.raising.capture import capture, raise_exactly, row_scales
 from tpfuse.ir.op import find
 from tpfuse.raising import raise_graph
 
@@ -30,7 +30,10 @@ def operators(gm: fx.GraphModule) -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("shape", [(24, 256), (1, 24, 256)])
 @pytest.mark.parametrize(
     ("granularity", "quantise", "product"),
-    [(PerRow(), "fp8_token:low_scale,eps=0.0", "fp8_token"), (PerTensor(), "fp8_tensor", "fp8_tensor")],
+    [
+        pytest.param(PerRow(), "fp8_token:low_scale,eps=0.0", "fp8_token", marks=row_scales),
+        (PerTensor(), "fp8_tensor", "fp8_tensor"),
+    ],
 )
 def test_fp8(granularity: Any, quantise: str, product: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularities: None)
@@ -43,6 +46,7 @@ def test_fp8(granularity: Any, quantise: str, product: str, shape: tuple[int, ..
     assert [args["bias"] is None for args in result.named("scaled_matmul")] == [True, False]
 
 
+@row_scales
 def test_fp8_products_take_the_scales_of_their_quantise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularities: None)
     model = mlp()
