@@ -6,10 +6,12 @@ import torch
 from tests.fusion.graphs import all_gather, all_reduce, fired, fused, names, raised, reasons, reduce_scatter
 from tpfuse.config import PASSES
 from tpfuse.formats import SCHEME_NAMES
+from tpfuse.fusion import fuse
 from tpfuse.ir import find, registry
 from tpfuse.ir.matmul import scaled_sample
 from tpfuse.ir.overlap import WITH_NORM
 from tpfuse.ir.verify import verify
+from tpfuse.report import Decline
 from tpfuse.rewrite.inline import unfuse
 
 TP = ("async_tp",)
@@ -289,3 +291,36 @@ def test_a_residual_from_a_later_collective_stays_outside(group):
     gm = graph(model, rows(), rows(), WEIGHT, BIAS)
     fused(gm, TP)
     assert "matmul_reduce_scatter" in names(gm) and "add_rms_norm" in names(gm)
+
+
+def worth_of(graph_module, worth):
+    events = fuse(graph_module.graph, PASSES, worth=worth)
+    verify(graph_module.graph, "fuse")
+    return events
+
+
+@pytest.mark.parametrize("scheme", ["plain", "fp8_token"])
+def test_what_is_not_worth_it_goes_with_what_else_stands_beside_it(group, scheme):
+    """No product pays: the norm's rows are gathered by the operator that sums and norms them, as without async TP."""
+    gm, without = layer(group, scheme), layer(group, scheme)
+    events = worth_of(gm, lambda op, args: Decline("threshold", f"{op.name} is slower"))
+    fused(without, [p for p in PASSES if p != "async_tp"])
+    assert names(gm) == names(without) and [n for n in names(gm) if n.endswith("all_gather")]
+    kind = "matmul" if scheme == "plain" else "scaled_matmul"
+    declined = {e.rule for e in events if e.reason and e.reason.code == "threshold"}
+    assert declined == {f"all_gather_{kind}", f"{kind}_reduce_scatter"}
+
+
+def test_the_largest_that_is_worth_it_fires(group):
+    """Only the plain scatter of a product pays: norm and quantise stay behind it.  Asked with the arguments' fake values."""
+    seen = []
+
+    def worth(op, args):
+        seen.append(args["x"].dtype)
+        return None if op.name == "scaled_matmul_reduce_scatter" else Decline("threshold", "slower")
+
+    gm = layer(group, "fp8_token")
+    worth_of(gm, worth)
+    pair = ["scaled_matmul_reduce_scatter", "add_rms_norm_quantize"]
+    assert [n for n in names(gm) if "scatter" in n or "norm" in n] == pair * 2
+    assert set(seen) == {torch.float8_e4m3fn}

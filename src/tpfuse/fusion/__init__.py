@@ -6,10 +6,11 @@ from torch import fx
 
 from tpfuse.fusion import attention, composites, merge, scale
 from tpfuse.fusion.async_tp import async_tp
+from tpfuse.fusion.composites import Worth
 from tpfuse.fusion.sequence_parallel import Chain, Policy, sequence_parallel
 from tpfuse.report import Event
 
-__all__ = ["Chain", "Policy", "fuse"]
+__all__ = ["Chain", "Policy", "Worth", "fuse"]
 
 
 def fuse(
@@ -17,16 +18,18 @@ def fuse(
     passes: Iterable[str],
     fuel: composites.Fuel = lambda: True,
     policy: Policy = lambda chain: None,
+    worth: Worth = lambda op, args: None,
 ) -> list[Event]:
     """Run the passes named in `passes`, in the order that lets each see what the earlier ones made.  Fired and declined sites.
 
     policy: which residual chains are worth their sequence-parallel form; it wins a site before all-reduce + norm can.
+    worth: which products are worth their fused form; where one is not, its collective goes with what else stands beside it.
     """
     passes = tuple(passes)
     steps = [
         (merge.PASS, lambda: merge.merge_all_reduces(graph, fuel)),
         ("sequence_parallel", lambda: sequence_parallel(graph, policy, fuel)),
-        ("async_tp", lambda: async_tp(graph, fuel)),
+        ("async_tp", lambda: async_tp(graph, fuel, worth)),
         (scale.PASS, lambda: scale.hoist_scales(graph, fuel)),
         (attention.PASS, lambda: attention.fuse_engine_attention(graph, fuel)),
     ]

@@ -17,9 +17,9 @@ from torch import SymInt, fx
 from tpfuse.formats import Layout, Scheme
 from tpfuse.fusion import composites
 from tpfuse.fusion.rows import regroups
-from tpfuse.ir.op import find, registry
+from tpfuse.ir.op import Args, Op, find, registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.emit import emit, erase_dead
+from tpfuse.rewrite.emit import emit, erase_dead, fake
 from tpfuse.rewrite.match import aten, is_call, same_shape, tensor
 from tpfuse.rewrite.order import ORDER, latest_collective, number_collectives, sort
 from tpfuse.rewrite.site import site_of
@@ -32,29 +32,41 @@ _ATTRIBUTES = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "
 Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
-def async_tp(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:
-    """Fuse every product with the collective beside it.  What has a product on one side only is declined as "one_side"."""
+def async_tp(
+    graph: fx.Graph, fuel: Fuel = lambda: True, worth: composites.Worth = lambda op, args: None
+) -> list[Event]:
+    """Fuse every product with the collective beside it where that is worth it.  What has a product on one side only is declined
+    as "one_side"."""
     number_collectives(graph)
     _flatten(graph)
     _pair_scales(graph)
-    events = _fuse_scatters(graph, fuel)
+    events = _fuse_scatters(graph, fuel, worth)
     for node in [n for n in graph.nodes if _named(n, "all_gather", "all_gather_quantized")]:
         latest = latest_collective(graph)
         gather = Gather.of(node, latest)
-        if gather is not None and fuel():
+        if gather is None:
+            continue
+        declined = worth(gather.target, fake(gather.target.bind(gather.arguments)))
+        if declined is not None:
+            node.meta[composites.REFUSED] = (gather.target.name, declined)
+        elif fuel():
             events.append(gather.fuse())
             sort(graph)
     return [*events, *_left_over(graph)]
 
 
-def _fuse_scatters(graph: fx.Graph, fuel: Fuel) -> list[Event]:
+def _fuse_scatters(graph: fx.Graph, fuel: Fuel, worth: composites.Worth) -> list[Event]:
     """Reduce-scatters with the products before them and what follows on own rows.  Rules go by size, the larger first, and why
     one refused is kept for the report, since a smaller one may change the place."""
+
+    def worth_of_products(op: Op, args: Args) -> Decline | None:
+        return worth(op, args) if op.fuse == PASS else None
+
     events: list[Event] = []
     rules = composites.rules()
     base = [rule for rule in rules if rule.op.fuse == "always"]
     for _, alike in itertools.groupby((r for r in rules if r.op.fuse == PASS), key=lambda rule: len(rule.targets)):
-        fired, declines = composites.apply(graph, [*base, *alike], fuel)
+        fired, declines = composites.apply(graph, [*base, *alike], fuel, worth_of_products)
         events += fired
         for node, refused in declines.items():
             for rule, reason in refused:
@@ -87,14 +99,25 @@ class Gather:
         alike = [p for p in products if _key(p) == _key(products[0])]
         return cls(node, rows, alike) if alike else None
 
+    @property
+    def target(self) -> Op:
+        return registry["all_gather_scaled_matmul" if self.scaled else "all_gather_matmul"]
+
+    @property
+    def others(self) -> list[fx.Node]:
+        """Who else uses the gathered rows or scales."""
+        parts = [n for n in (self.rows, _part(self.node, 1)) if n is not None]
+        return [u for n in parts for u in n.users if u not in self.products]
+
+    @property
+    def arguments(self) -> list[Any]:
+        return [*self._operands(), bool(self.others), _bound(self.node)["group"]]
+
     def fuse(self) -> Event:
         """Put the fused operator in the gather's place."""
-        graph, node = self.node.graph, self.node
-        others = [u for n in (self.rows, _part(node, 1)) if n is not None for u in n.users if u not in self.products]
-        args = [*self._operands(), bool(others), _bound(node)["group"]]
-        target = registry["all_gather_scaled_matmul" if self.scaled else "all_gather_matmul"]
+        graph, node, target, others = self.node.graph, self.node, self.target, self.others
         with graph.inserting_before(node):
-            new = emit(graph, target.default, args, like=node)
+            new = emit(graph, target.default, self.arguments, like=node)
             new.meta[ORDER] = node.meta[ORDER]
             for i, product in enumerate(self.products):
                 product.replace_all_uses_with(self._result(new, i, product))
@@ -215,6 +238,7 @@ def _left_over(graph: fx.Graph) -> Iterator[Event]:
         if other is not None and other.fuse == PASS:
             reason = Decline("one_side", f"the {'gather' if scatter else 'scatter'} on its other side is fused; {why}")
         wanted = "matmul_reduce_scatter" if scatter else "all_gather_matmul"
+        wanted, reason = node.meta.get(composites.REFUSED, (wanted, reason))
         yield Event("declined", wanted, site_of(node), reason=reason, attributes={"operator": op.name}, node=node.name)
 
 

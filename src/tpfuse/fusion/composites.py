@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from tpfuse.ir.op import Op, find, registry
+from tpfuse.ir.op import Args, Op, find, registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.emit import DECLINE, emit
+from tpfuse.rewrite.emit import DECLINE, emit, fake
 from tpfuse.rewrite.match import VIEWS, aten
 from tpfuse.rewrite.order import ORDER, is_collective, latest_collective, number_collectives, sort
 from tpfuse.rewrite.rule import Match, Rule, find_match, rules_of
@@ -22,6 +22,7 @@ SITES = ("rms_norm", "add_rms_norm", "quantize")  # beside collectives: what a r
 MISMATCHES = ("producer", "constant")  # codes that say only that another chain stands there
 REFUSED = "tpfuse_refused"  # metadata of a node at which an earlier pass's rule refused: the rule's name and its Decline
 Fuel = Callable[[], bool]  # takes one unit; False when none is left
+Worth = Callable[[Op, Args], Decline | None]  # why an operator with these arguments does not pay, or None
 
 
 @functools.cache
@@ -39,7 +40,7 @@ def rules() -> tuple[Rule, ...]:
 
 def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> list[Event]:
     """Apply the rules of `passes` until none fires.  What stays unfused is explained by the closest rule."""
-    enabled = {*passes, "always"}
+    enabled = {*passes, "always"} - {"async_tp"}  # which had its turn
     active = [rule for rule in rules() if rule.op.fuse in enabled]
     number_collectives(graph)
     events, declines = apply(graph, active, fuel)
@@ -47,9 +48,9 @@ def fuse(graph: fx.Graph, passes: Iterable[str], fuel: Fuel = lambda: True) -> l
 
 
 def apply(
-    graph: fx.Graph, active: Sequence[Rule], fuel: Fuel
+    graph: fx.Graph, active: Sequence[Rule], fuel: Fuel, worth: Worth = lambda op, args: None
 ) -> tuple[list[Event], dict[fx.Node, list[tuple[Rule, Decline]]]]:
-    """Apply rules until none fires → what fired, and for each node the rules that nearly did."""
+    """Apply rules until none fires → what fired, and for each node the rules that nearly did.  worth: asked last."""
     events: list[Event] = []
     declines: dict[fx.Node, list[tuple[Rule, Decline]]] = {}
     fired = True
@@ -62,7 +63,7 @@ def apply(
             for node in nodes:
                 found = find_match(rule, node)
                 if isinstance(found, Match):
-                    found = _order_kept(found, latest) or found
+                    found = _order_kept(found, latest) or worth(rule.op, fake(found.args)) or found
                 if isinstance(found, Decline):
                     declines.setdefault(node, []).append((rule, found))
                 elif isinstance(found, Match) and rule.op.fuse != "always" and not fuel():
@@ -139,11 +140,11 @@ def near_misses(graph: fx.Graph, active: list[Rule], declines: dict[fx.Node, lis
 def _closest(
     node: fx.Node, op: Op, active: list[Rule], declines: dict[fx.Node, list[tuple[Rule, Decline]]]
 ) -> tuple[str, Decline]:
+    if REFUSED in node.meta:
+        return node.meta[REFUSED]
     wanted = [r for r in active if r.op.fuse != "always" and node.target in r.targets]
     if not wanted:
         return op.name, Decline("disabled", "no enabled pass has a rule for it")
-    if REFUSED in node.meta:
-        return node.meta[REFUSED]
     # A rule that stood at this node or at a consumer and refused knows best; a guard's word counts before a mere mismatch.
     around = [node, *_consumers(node, depth=4)]
     refused = [(r, d) for n in around for r, d in declines.get(n, []) if r in wanted and d.code not in MISMATCHES]

@@ -16,11 +16,13 @@ COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "ori
 
 
 def fake(value: Any) -> Any:
-    """The fake tensor, SymInt or constant that stands for a node's argument; lists and tuples are mapped."""
+    """The fake tensor, SymInt or constant that stands for a node's argument; lists, tuples and dicts are mapped."""
     if isinstance(value, fx.Node):
         return value.meta["val"]
     if isinstance(value, list | tuple):
         return type(value)(fake(v) for v in value)
+    if isinstance(value, dict):
+        return {k: fake(v) for k, v in value.items()}
     return value
 
 
@@ -38,7 +40,7 @@ def emit(
     mode = detect_fake_mode([like.meta.get("val"), *fakes])
     if mode is None:
         raise ValueError(f"no fake values around {like}: tpfuse rewrites graphs that AOTAutograd traced")
-    named = {k: fake(v) for k, v in kwargs.items()}
+    named = fake(kwargs)
     with mode:
         node.meta["val"] = target(*fakes, **named)
     if needs_exact_strides(target):  # without these, Inductor lets the inputs lie in memory as it likes

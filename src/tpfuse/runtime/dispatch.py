@@ -18,13 +18,13 @@ from torch import fx
 from tpfuse import shim
 from tpfuse.config import PASSES, Config
 from tpfuse.formats import Scheme
-from tpfuse.fusion import Policy, fuse
+from tpfuse.fusion import Policy, Worth, fuse
 from tpfuse.ir.collective import world_size
-from tpfuse.ir.op import find, load, registry
+from tpfuse.ir.op import Args, Op, find, load, registry
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import plan_ranges
-from tpfuse.lowering.select import Targets, final_operators, lower, needs, schedule
-from tpfuse.report import Event, FusionError, RangeResult, Report
+from tpfuse.lowering.select import Targets, final_operators, lower, needs, pick, schedule
+from tpfuse.report import Decline, Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.key import sources
@@ -187,7 +187,8 @@ class Dispatcher:
     def rewrite(self, graph: fx.Graph, limits: Range) -> RangeResult:
         """Fuse and lower a raised graph in place."""
         self._dump(graph, limits, "1-raised")
-        events = fuse(graph, [p for p in PASSES if self._enabled(p, limits)], self.fuel, self._policy(limits))
+        passes = [p for p in PASSES if self._enabled(p, limits)]
+        events = fuse(graph, passes, self.fuel, self._policy(limits), self._worth(limits))
         verify(graph, "fuse")
         self._dump(graph, limits, "2-fused")
         events += lower(graph, self.targets, self.config.kernels, self.config.verify, self.table, limits)
@@ -211,11 +212,24 @@ class Dispatcher:
 
     def _policy(self, limits: Range) -> Policy:
         """Sequence parallelism where the table says that it pays in the whole range, and where the user asks for it by name."""
-        if "sequence_parallel" in self._own(limits).get("passes", self.config.passes or ()):
+        if self._asked("sequence_parallel", limits):
             return lambda chain: None
         return lambda chain: self.table.refuses(
             "sequence_parallel", chain.dtype, chain.world, chain.row_bytes * limits.start, chain.hidden, chain.scheme
         )
+
+    def _worth(self, limits: Range) -> Worth:
+        """Products are fused where a kernel would be picked for the whole range, and where the user asks for it by name."""
+
+        def worth(op: Op, args: Args) -> Decline | None:
+            found = pick(op, args, self.targets(args["group"]), self.config.kernels, self.table, limits)
+            return found if isinstance(found, Decline) else None
+
+        return (lambda op, args: None) if self._asked("async_tp", limits) else worth
+
+    def _asked(self, name: str, limits: Range) -> bool:
+        """Whether the user names a pass, for this range or for all."""
+        return name in self._own(limits).get("passes", self.config.passes or ())
 
     def _build(
         self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
