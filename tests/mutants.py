@@ -23,6 +23,7 @@ PIPELINE = "tests/dist/test_agreement.py::test_subgroups"
 SEAMS = "tests/test_seams.py"
 ONE_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[one_shot-2]"
 TWO_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[two_shot-2]"
+ASYNC_TP = "tests/fusion/test_async_tp.py"
 NEAR = "tests/test_near_misses.py::test_reason"
 
 
@@ -95,6 +96,14 @@ MUTANTS = [
            ("tests/test_near_misses.py::test_strict_names_the_site_and_the_reason",)),
     Mutant("nobody agrees", "runtime/agreement.py", "        if lines != mine:", "        if False:",
            ("tests/dist/test_agreement.py::test_difference_is_named_on_every_rank[world2-epsilon]",)),
+    Mutant("the smaller product first", "fusion/composites.py", "-len(rule.targets) if op.fuse", "len(rule.targets) if op.fuse",
+           (f"{ASYNC_TP}::test_nothing_stands_between_the_products_of_a_layer[fp8_token]",)),
+    Mutant("gathered rows for nobody", "fusion/async_tp.py", "bool(self.others)", "True",
+           (f"{ASYNC_TP}::test_nothing_stands_between_the_products_of_a_layer[plain]",)),
+    Mutant("products whatever they cost", "runtime/dispatch.py", "return found if isinstance(found, Decline) else None",
+           "return None", ("tests/test_worth.py::test_nothing_measured",)),
+    Mutant("gathered twice for one scale", "fusion/sequence_parallel.py", "if not waits and any", "if any",
+           ("tests/fusion/test_sequence_parallel.py::test_a_scale_of_all_tokens_waits_for_the_gather",)),
     Mutant("kernel: a rank dropped", "kernels/allreduce_norm.py", "    h += mine", "    h += mine * 0.0", (ONE_SHOT,)),
     Mutant("kernel: wrong epsilon", "kernels/rows.py", "0) / hidden + eps)", "0) / hidden + eps * 1.1)", (ONE_SHOT,)),
     Mutant("kernel: weight_bias ignored", "kernels/rows.py", "other=0.0).to(tl.float32) + bias", "other=0.0).to(tl.float32)",
