@@ -121,6 +121,29 @@ def by_hand_batched(x, residual, vectors, weights, group):
     return y @ weights[1]
 
 
+def by_hand_layers(x, residual, vectors, weights, group):
+    """The same with a residual that stays sharded, as [1, own rows, hidden]."""
+    world = dist.get_world_size()
+
+    def scattered(rows, weight):
+        return reduce_scatter((rows @ weight).reshape(world, -1, HIDDEN), world, group)
+
+    def gathered(rows):
+        return all_gather(rows, world, group).reshape(-1, HIDDEN)
+
+    h = scattered(x, weights[0])
+    h = h + scattered(torch.relu(gathered(norm(h, vectors[0])) @ weights[1]), weights[2])
+    return gathered(norm(h, vectors[1])) @ weights[0]
+
+
+def by_hand_quantised(x, residual, vectors, weights, group):
+    """Quantised before the gather, its largest value in the graph of all ranks."""
+    world = dist.get_world_size()
+    shard = reduce_scatter((x @ weights[0]).reshape(world, -1, HIDDEN), world, group)
+    q, _ = registry["quantize"].default(norm(shard, vectors[0]), vectors[0][0] * 0.01, "fp8_tensor", "row")
+    return all_gather(q.view(torch.uint8), world, group).reshape(-1, HIDDEN).view(torch.float8_e4m3fn).float() @ weights[1]
+
+
 RS = "reduce_scatter_rms_norm_all_gather"
 ARS = "reduce_scatter_add_rms_norm_all_gather"
 SRS = "reduce_scatter_rms_norm_add_rms_norm_all_gather"
@@ -140,7 +163,11 @@ EXPECTED = {
     (routed, BOTH): ["shard_rows", "reduce_scatter_add_rms_norm", "all_gather_matmul", "act_and_mul",
                      MARS, "all_gather"],
     (by_hand, ("async_tp",)): ["matmul_reduce_scatter_rms_norm", "all_gather", MARS, "all_gather"],
-    (by_hand_batched, ("async_tp",)): ["matmul_reduce_scatter", "rms_norm", "all_gather_matmul"],
+    (by_hand_batched, ("async_tp",)): ["matmul_reduce_scatter_rms_norm", "all_gather_matmul"],
+    (by_hand_layers, ("async_tp",)): [
+        "matmul_reduce_scatter_rms_norm", "all_gather_matmul", MARS, "all_gather_matmul",
+    ],
+    (by_hand_quantised, ("async_tp",)): ["matmul_reduce_scatter_rms_norm_quantize", "all_gather", "matmul"],
 }  # fmt: skip
 CASES = {f"{model.__name__}-{'+'.join(passes)}": (model, passes) for model, passes in EXPECTED}
 

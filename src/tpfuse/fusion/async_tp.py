@@ -12,15 +12,15 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import SymInt, fx
+from torch import fx
 
 from tpfuse.formats import Layout, Scheme
 from tpfuse.fusion import composites
-from tpfuse.fusion.rows import regroups
+from tpfuse.fusion.flat import flatten
 from tpfuse.ir.op import Args, Op, find, registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit, erase_dead, fake
-from tpfuse.rewrite.match import aten, is_call, same_shape, tensor
+from tpfuse.rewrite.match import is_call
 from tpfuse.rewrite.order import ORDER, latest_collective, number_collectives, sort
 from tpfuse.rewrite.site import site_of
 
@@ -38,7 +38,7 @@ def async_tp(
     """Fuse every product with the collective beside it where that is worth it.  What has a product on one side only is declined
     as "one_side"."""
     number_collectives(graph)
-    _flatten(graph)
+    flatten(graph)
     _pair_scales(graph)
     events = _fuse_scatters(graph, fuel, worth)
     for node in [n for n in graph.nodes if _named(n, "all_gather", "all_gather_quantized")]:
@@ -174,28 +174,6 @@ def _scales_fit(gather: fx.Node, product: fx.Node) -> bool:
 def _key(product: fx.Node) -> tuple[Any, ...]:
     bound = _bound(product)
     return (bound["x_scale"], *(bound[name] for name in _ATTRIBUTES))
-
-
-def _flatten(graph: fx.Graph) -> None:
-    """Collectives over dimension 0 of [a, b, ..., width] become those over the same rows as [rows, width]."""
-    for node in [n for n in graph.nodes if _named(n, "all_gather", "reduce_scatter")]:
-        x, group, *_ = node.args
-        sizes = [-1 if isinstance(n, SymInt) else n for n in tensor(node).shape]
-        if tensor(x).dim() < 3 or sizes.count(-1) > 1:
-            continue
-        while regroups(x) and tensor(x).dim() != 2:
-            x = x.args[0]
-        with graph.inserting_before(node):
-            if tensor(x).dim() != 2:
-                x = emit(graph, aten.reshape.default, (x, [-1, tensor(x).shape[-1]]), like=x)
-            flat = emit(graph, node.target, (x, group), like=node)
-            whole = emit(graph, aten.reshape.default, (flat, sizes), like=node)
-        for view in [u for u in node.users if regroups(u) and same_shape(tensor(u), tensor(flat))]:
-            view.replace_all_uses_with(flat)
-            graph.erase_node(view)
-        node.replace_all_uses_with(whole)
-        erase_dead(node)
-        erase_dead(whole)
 
 
 def _pair_scales(graph: fx.Graph) -> None:
