@@ -140,6 +140,22 @@ def disable_multicast() -> None:
     os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
 
 
+def fused_products() -> Any:
+    """torch's operators that overlap a product with a collective, over symmetric memory."""
+    import torch.distributed._symmetric_memory  # noqa: F401  registers them
+
+    return torch.ops.symm_mem
+
+
+def fused_products_workspace(group: str, size: int) -> None:
+    """Make the workspace of those operators for the group of that name `size` bytes large, if it is smaller.  Collective.  No
+    multicast object is created."""
+    from torch.distributed._symmetric_memory import get_symm_mem_workspace
+
+    disable_multicast()
+    get_symm_mem_workspace(group, min_size=size)  # type: ignore[arg-type]
+
+
 def device_pause(cycles: int) -> None:
     """Keep the current stream busy for about `cycles` clock cycles."""
     torch.cuda._sleep(cycles)

@@ -153,6 +153,35 @@ def e2e(
     )  # fmt: skip
 
 
+@bench.command()
+def gemm(
+    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
+    operator: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Which.")] = "matmul_reduce_scatter,all_gather_matmul",
+    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts, of all ranks together.")] = None,
+    size: Annotated[
+        str, typer.Option(metavar="HIDDENxINTERMEDIATE,…", help="Of the layers.")
+    ] = "4096x14336,8192x28672",
+    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    dtype: Annotated[LowDtype, typer.Option(help="Of the sums.")] = LowDtype.bfloat16,
+    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table: what lowering would pick is marked.")] = None,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot, as PNG and as SVG.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+) -> None:
+    """Products next to a collective: tpfuse's kernels, NCCL with cuBLAS, torch's fused operators, and the product alone."""
+    from tpfuse.cli import bench as options
+    from tpfuse.cli import bench_gemm as command
+    from tpfuse.lowering.table import BUILT_IN, Table
+
+    command.bench(
+        _console(), world, operator.split(","), options.numbers(tokens, command.TOKENS), command.sizes(size),
+        options.schemes(scheme, command.SCHEMES), dtype.value, trials, Table.load(table) if table else BUILT_IN, limit_s, json,
+        plot, commit,
+    )  # fmt: skip
+
+
 @app.command()
 def tune(
     tp: Annotated[int, typer.Option("--tp", "--world", min=2, help="Ranks, a GPU each.")] = 2,

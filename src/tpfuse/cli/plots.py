@@ -7,7 +7,7 @@ from typing import Any
 
 from tpfuse.cli.models import BadInput
 
-STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-."}
+STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-.", "gemm": ":"}
 
 
 def save(document: dict[str, Any], path: Path) -> list[Path]:

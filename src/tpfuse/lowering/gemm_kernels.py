@@ -42,7 +42,7 @@ def scatter_supports(args: Args, target: Target) -> Decline | None:
         return Decline("hidden_not_multiple_of_8", f"rows of {width} are no whole 16-byte vectors")
     if "out_dtype" in args and args["out_dtype"] not in map(dtype_name, DTYPES):
         return Decline("out_dtype", f"rows of bfloat16 and float16 are summed, not {args['out_dtype']}")
-    return ranks_support(target) or _product(args, target)
+    return ranks_support(target) or multiplied(args, target)
 
 
 def with_norm_supports(op: Chained, args: Args, target: Target) -> Decline | None:
@@ -59,17 +59,17 @@ def gather_supports(args: Args, target: Target) -> Decline | None:
         return Decline("hidden_not_multiple_of_8", f"rows of {x.shape[-1]} {x.dtype} are no whole 16-byte vectors")
     if scheme and not Scheme.parse(scheme).is_fp8 and 2 * x.shape[-1] % SCALES_WORD:
         return Decline("scale_shape", f"scales of {2 * x.shape[-1]} columns are no whole words")
-    return ranks_support(target) or next(filter(None, (_product(each, target) for each in _each(args))), None)
+    return ranks_support(target) or next(filter(None, (multiplied(each, target) for each in products_of(args))), None)
 
 
-def _each(args: Args) -> Iterable[dict[str, Any]]:
+def products_of(args: Args) -> Iterable[dict[str, Any]]:
     """The arguments of each weight's own product."""
     lists = {one: args[name] for name, one in LISTS.items() if name in args}
     for values in zip(*lists.values(), strict=True):
         yield {**args, **dict(zip(lists, values, strict=True))}
 
 
-def _product(args: Args, target: Target) -> Decline | None:
+def multiplied(args: Args, target: Target) -> Decline | None:
     x, weight, bias = args["x"], args["weight"], args["bias"]
     if x.dim() != 2:
         return Decline("dimensions", f"the rows of a matrix are shared out, not {x.dim()} dimensions")

@@ -17,6 +17,7 @@ from tpfuse.lowering import cuda_kernels as _cuda  # noqa: F401
 from tpfuse.lowering import gemm_kernels as _gemm  # noqa: F401
 from tpfuse.lowering import peer_kernels as _peers  # noqa: F401
 from tpfuse.lowering import product_kernels as _products  # noqa: F401
+from tpfuse.lowering import product_peers as _product_peers  # noqa: F401
 from tpfuse.lowering import residuals
 from tpfuse.lowering import triton_kernels as _own  # noqa: F401
 from tpfuse.lowering.choice import choose

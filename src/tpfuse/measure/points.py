@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -64,6 +64,24 @@ class Point:
         moved = (1 + self.residual + written) * self.message
         return max(2 * (world - 1) / world * self.message / NVLINK, moved / HBM) * 1e6
 
+    def rows(self, samples: Mapping[str, list[float]], world: int, picked: str | None) -> list[dict[str, Any]]:
+        """Of a result file, one an implementation.  picked: the one that lowering would pick."""
+        return [
+            {"op": self.op.name, "scheme": self.scheme, "dtype": self.dtype, "tokens": self.tokens, "hidden": self.hidden,
+             "world": world, "impl": impl, **({"picked": True} if impl == picked else {}), **summary(values),
+             "limit_us": self.limit_us(world), "samples": values}
+            for impl, values in samples.items()
+        ]  # fmt: skip
+
+
+class Measured(Protocol):
+    """What a sweep goes through: calls of a graph, and the rows of a result file that samples make."""
+
+    @property
+    def calls(self) -> int: ...
+
+    def rows(self, samples: Mapping[str, list[float]], world: int, picked: str | None) -> list[dict[str, Any]]: ...
+
 
 def grid(
     schemes: Iterable[str], hidden: Iterable[int], tokens: Iterable[int], dtype: str = "bfloat16", residual: bool = True
@@ -82,29 +100,21 @@ class Sweep:
     """
 
     world: int
-    build: Callable[[Point], Impls]
+    build: Callable[[Any], Impls]
     measure: Callable[[Impls, int], dict[str, list[float]]]
     share: Callable[[Any], list[Any]]
     limit_s: float | None = None
-    tell: Callable[[Point, list[dict[str, Any]]], None] = lambda point, rows: None
+    tell: Callable[[Any, list[dict[str, Any]]], None] = lambda point, rows: None
     clock: Callable[[], float] = time.monotonic
 
-    def run(self, points: Sequence[Point], picked: Callable[[Point], str | None] = lambda point: None) -> list[dict[str, Any]]:
+    def run(self, points: Sequence[Measured], picked: Callable[[Any], str | None] = lambda point: None) -> list[dict[str, Any]]:
         """Rows of a result file, a point's together.  picked: the implementation that lowering would pick."""
         start, found = self.clock(), []
         for point in points:
             if self.limit_s is not None and self.share(self.clock() - start)[0] > self.limit_s:
                 break
             samples = slowest(self.share(self.measure(self.build(point), point.calls)))
-            choice = picked(point)
-            rows = [self._row(point, impl, values, impl == choice) for impl, values in samples.items()]
+            rows = point.rows(samples, self.world, picked(point))
             self.tell(point, rows)
             found += rows
         return found
-
-    def _row(self, point: Point, impl: str, samples: list[float], picked: bool) -> dict[str, Any]:
-        return {
-            "op": point.op.name, "scheme": point.scheme, "dtype": point.dtype, "tokens": point.tokens, "hidden": point.hidden,
-            "world": self.world, "impl": impl, **({"picked": True} if picked else {}), **summary(samples),
-            "limit_us": point.limit_us(self.world), "samples": samples,
-        }  # fmt: skip

@@ -28,18 +28,23 @@ class Ranks:
     notes: list[str]
 
     @staticmethod
-    def join(place: Any, points: Sequence[Point], eager: bool) -> Ranks:
-        """Start the process groups of this rank.  place: `cli.launch.Place`.  Collective, and once a process."""
+    def join(place: Any, points: Sequence[Point], eager: bool = False, flashinfer: bool = True) -> Ranks:
+        """Start the process groups of this rank.  place: `cli.launch.Place`.  Collective, and once a process.
+
+        flashinfer: whether it is measured, which takes minutes to build.
+        """
         place.join("cuda", 300.0)
         group = dist.group.WORLD
         host = dist.new_group(backend="gloo")
         assert group is not None and isinstance(host, dist.ProcessGroup)
         target = detect("cuda", group.group_name)
         notes = []
-        if "flashinfer" in target.backends and (reason := _first(host, _import_error())):
+        if not flashinfer:
+            target = replace(target, backends=target.backends - {"flashinfer"})
+        elif "flashinfer" in target.backends and (reason := _first(host, _import_error())):
             target = replace(target, backends=target.backends - {"flashinfer"}, versions={**target.versions, "flashinfer": "0"})
             notes.append(f"FlashInfer could not be imported and was not measured: {reason}")
-        most_tokens, widest = max(p.tokens for p in points), max(p.hidden for p in points)
+        most_tokens, widest = max((p.tokens for p in points), default=1), max((p.hidden for p in points), default=8)
         return Ranks(group, host, target, Collectives(group, target, most_tokens, widest, eager), notes)
 
     def timer(self, trials: int) -> Timer:

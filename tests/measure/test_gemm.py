@@ -1,0 +1,174 @@
+"""Points of products next to collectives: sizes, limits, rows, picks, operands; no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tpfuse.cli import bench_gemm
+from tpfuse.cli.models import BadInput
+from tpfuse.formats.layouts import remove_layout
+from tpfuse.ir.op import Message, load
+from tpfuse.lowering.table import BUILT_IN, Entry, Table
+from tpfuse.measure import gemm, results
+from tpfuse.measure.gemm import ALONE, GemmPoint
+from tpfuse.measure.points import AGAIN, Sweep
+from tpfuse.target import Target
+
+H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
+RS, AG = "matmul_reduce_scatter", "all_gather_matmul"
+SCHEMES = ("", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
+
+
+def point(operator: str = RS, scheme: str = "", tokens: int = 512) -> GemmPoint:
+    return GemmPoint(operator, scheme, 4096, 14336, tokens, 2)
+
+
+def test_the_two_projections_of_a_layer():
+    assert (point().weight, point().given) == ((7168, 4096), 512)
+    assert (point(AG).weight, point(AG).given) == ((4096, 14336), 256)
+    assert point().message == Message(512, 4096, torch.bfloat16, across=7168)
+    assert point(AG, "fp8_token").message == Message(256, 4096, torch.float8_e4m3fn, True, 14336)
+    assert point(AG, "nvfp4").message.row_bytes == 2048
+
+
+def test_the_limit_is_the_product_or_the_link():
+    assert point().limit_us(100.0) == 100.0
+    assert point(tokens=8192).limit_us(1.0) == pytest.approx(4096 * 4096 * 2 / 380e9 * 1e6)
+    assert point(AG, "fp8_tensor", 8192).limit_us(1.0) == pytest.approx(4096 * 4096 / 380e9 * 1e6)
+
+
+def test_long_calls_are_few_to_a_graph():
+    calls = [GemmPoint(RS, "", 8192, 28672, n, 2).calls for n in (512, 2048, 8192)]
+    assert calls == [4, 2, 1]
+
+
+@pytest.mark.parametrize("operator", [RS, AG])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_peer_and_own_kernel_that_serves(operator: str, scheme: str):
+    found = {gemm.impl_of(k.name) for k in gemm.usable(point(operator, scheme), gemm.shapes(point(operator, scheme)), H100)}
+    own = {"tpfuse:plain", "tpfuse:chunked"} if operator == RS else {"tpfuse:push", "tpfuse:chunked"}
+    torchs = {gemm.TORCH} if scheme in ("", "fp8_tensor", "fp8_token") else set()
+    assert found == own | torchs | {gemm.NCCL}
+
+
+def test_what_lowering_picks():
+    assert gemm.picked_impl(point(), H100, BUILT_IN) == gemm.NCCL
+    assert gemm.picked_impl(point(scheme="fp8_group128"), H100, BUILT_IN) is None
+    row = 4096 * 2
+    entry = Entry(RS, "bfloat16", 2, ((1024 * row, "nccl"), (4096 * row, "cuda:chunked"), (None, "torch:fused")), "", 4096, 7168)
+    table = Table("", {}, (entry,))
+    found = [gemm.picked_impl(point(tokens=n), H100, table) for n in (1024, 2048, 8192)]
+    assert found == [gemm.NCCL, "tpfuse:chunked", gemm.TORCH]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[1:])
+@pytest.mark.parametrize("operator", [RS, AG])
+def test_operands_stand_for_what_was_quantised(operator: str, scheme: str):
+    from tpfuse.ir.matmul import _rows_value, _weight_value
+
+    small = GemmPoint(operator, scheme, 256, 512, 32, 2)
+    plain = gemm.make(GemmPoint(operator, "", 256, 512, 32, 2), 64, 1, "cpu")
+    made = gemm.make(small, 64, 1, "cpu")
+    x, scale = gemm.rows_of(small, made, small.given)
+    how = gemm.attributes(small)
+    values = _rows_value(x, scale, scheme, small.layout, torch.float32)
+    weight = _weight_value(made["weight"], made["weight_scale"], scheme, how["weight_layout"], torch.float32)
+    if scheme == "nvfp4":  # both global scales are in alpha
+        values, weight = values / 200.0, weight / 200.0
+        assert float(made["alpha"]) == pytest.approx(1 / 200.0**2)
+    for got, want in ((values, plain["x"][: small.given]), (weight, plain["weight"])):
+        assert float((got - want.float()).norm() / want.float().norm()) < (0.15 if scheme == "nvfp4" else 0.04)
+    bound = gemm.bound(small, {**made, "x": x, "x_scale": scale}, "g")
+    assert list(bound) == small.op.params
+    expected = gemm.shapes(small)
+    assert bound["x"].shape == expected["x"].shape and bound["x"].dtype == expected["x"].dtype
+    if scheme == "fp8_group128":
+        assert scale.stride() == (1, small.given)
+        assert torch.equal(remove_layout(scale, small.given, scale.shape[1], "col"), made["x_scale"][: small.given])
+
+
+@pytest.mark.parametrize("operator", [RS, AG])
+def test_the_product_alone_is_of_all_rows(operator: str):
+    small = GemmPoint(operator, "", 256, 512, 32, 2)
+
+    class Group:
+        group_name = "g"
+
+        def rank(self) -> int:
+            return 0
+
+    built: Any = gemm.Gemms(Group(), H100, 64, 256, "cpu")  # type: ignore[arg-type]
+    out = built.alone(small)(0)
+    args = built.operands(small)
+    torch.testing.assert_close(out, args["x"][:32] @ args["weight"])
+    assert built.arguments(small)["x"].shape[0] == small.given
+
+
+def test_rows_of_a_result_file():
+    times = {ALONE: 100.0, "nccl+cublas": 130.0, "tpfuse:chunked": 104.0, ALONE + AGAIN: 102.0}
+    sweep = Sweep(2, lambda point: dict.fromkeys(times, lambda i: None), lambda impls, calls: {k: [times[k]] for k in impls},
+                  lambda mine: [mine, mine])  # fmt: skip
+    rows = sweep.run([point(AG)], lambda point: "tpfuse:chunked")
+    assert [r["impl"] for r in rows] == list(times) and [r.get("picked") for r in rows] == [None, None, True, None]
+    where = [(r["op"], r["tokens"], r["hidden"], r["intermediate"], r["limit_us"]) for r in rows]
+    assert where == [(AG, 512, 4096, 14336, 100.0)] * 4
+
+
+def test_the_table_shows_what_a_collective_costs(capsys):
+    from rich.console import Console
+
+    times = {ALONE: [100.0], "nccl+cublas": [130.0], "tpfuse:chunked": [104.0], ALONE + AGAIN: [100.0]}
+    document = results.document("gemm", point().rows(times, 2, "tpfuse:chunked"), world=2, notes=["a note"])
+    bench_gemm.show(Console(width=160), document)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "tpfuse:chunked*" in line)
+    assert "1.040" in line and "1.25×" in line and "1.04" in line and "a note" in out
+
+
+def test_tables_of_the_documents_take_such_rows():
+    from tools import tables
+
+    times = {ALONE: [100.0], "nccl+cublas": [130.0], "tpfuse:chunked": [104.0], ALONE + AGAIN: [100.0]}
+    (found,) = tables.points({"rows": point().rows(times, 2, None)})
+    assert (found.ours, found.peer, found.where["intermediate"]) == ("tpfuse:chunked", "nccl+cublas", 14336)
+
+
+@pytest.mark.parametrize(
+    ("operators", "tokens", "sizes", "told"),
+    [
+        (["matmul"], [512], [(4096, 14336)], "unknown operator 'matmul'"),
+        ([RS], [511], [(4096, 14336)], "multiples of 2 tokens"),
+        ([RS], [512], [(4096, 14336 + 128)], "multiples of 128"),
+    ],
+)
+def test_what_cannot_be_measured(operators: list[str], tokens: list[int], sizes: list[tuple[int, int]], told: str):
+    with pytest.raises(BadInput, match=told):
+        bench_gemm.grid(operators, [""], sizes, tokens, 2, "bfloat16")
+
+
+def test_sizes_of_the_command_line():
+    assert bench_gemm.sizes("4096x14336,8192x28672") == [(4096, 14336), (8192, 28672)]
+    with pytest.raises(BadInput, match="HIDDENxINTERMEDIATE"):
+        bench_gemm.sizes("4096")
+
+
+def test_ranks_need_gpus(monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("tpfuse.cli.bench.launch", lambda *_, **__: pytest.fail("a rank was started"))
+    with pytest.raises(BadInput, match="0 GPUs are visible"):
+        bench_gemm.bench(Console(), 2, [RS], [512], [(4096, 14336)], [""], "bfloat16", 1, BUILT_IN, None, None, None, None)
+
+
+@pytest.mark.parametrize("operator", [RS, AG])
+@pytest.mark.parametrize("scheme", ["", "fp8_tensor"])
+def test_every_launcher_of_a_peer_exists(operator: str, scheme: str):
+    pytest.importorskip("triton")
+    kernels = [k for k in point(operator, scheme).op.kernels if k.backend in ("nccl", "torch")]
+    assert [k.name for k in kernels] == ["nccl", "torch:fused"] and all(k.on_request for k in kernels)
+    for kernel in kernels:
+        assert callable(load(kernel.launch)) and (not kernel.prepare or callable(load(kernel.prepare)))
