@@ -11,7 +11,7 @@ from torch import SymInt, fx
 from tpfuse.fusion.rows import regroups
 from tpfuse.ir.op import registry
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import aten, is_call, same_shape, tensor
+from tpfuse.rewrite.match import aten, is_call, is_tensor, same_shape, tensor
 from tpfuse.rewrite.order import ORDER
 
 SCATTER, GATHER, NORM, QUANTIZE = (registry[n].default for n in ("reduce_scatter", "all_gather", "rms_norm", "quantize"))
@@ -34,8 +34,9 @@ def flatten(graph: fx.Graph) -> None:
             erase_dead(whole)
     for node in [n for n in graph.nodes if is_call(n, NORM, QUANTIZE, aten.add.Tensor)]:
         rows = node.all_input_nodes if is_call(node, aten.add.Tensor) else [node.args[0]]
-        alike = all(same_shape(tensor(r), tensor(rows[0])) for r in rows) and not node.kwargs and _sizes(rows[0]) is not None
-        if not alike or not any(r in grouped for r in rows):
+        if not any(r in grouped for r in rows) or not all(map(is_tensor, rows)) or node.kwargs:
+            continue
+        if not all(same_shape(tensor(r), tensor(rows[0])) for r in rows) or _sizes(rows[0]) is None:
             continue
         with graph.inserting_before(node):
             flats = {r: _flat(graph, r) for r in rows}
