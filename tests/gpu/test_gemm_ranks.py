@@ -75,7 +75,7 @@ def every_case(rank: int, world: int) -> dict[str, tuple[int, list[str]]]:
 
 @functools.cache
 def outcomes() -> list[dict[str, tuple[int, list[str]]]]:
-    return run_spawned(every_case, WORLD, environment=ENVIRONMENT, timeout=200)
+    return run_spawned(every_case, WORLD, environment=ENVIRONMENT, keep=True, timeout=200)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,7 +109,7 @@ def changed_inputs(rank: int, world: int) -> int:
 
 
 def test_earlier_results_stay() -> None:
-    run_spawned(changed_inputs, WORLD, environment=ENVIRONMENT, timeout=100)
+    run_spawned(changed_inputs, WORLD, environment=ENVIRONMENT, keep=True, timeout=100)
 
 
 def back_to_back(rank: int, world: int, count: int) -> int:
@@ -166,7 +166,7 @@ def back_to_back(rank: int, world: int, count: int) -> int:
 
 
 def test_back_to_back_and_replay() -> None:
-    run_spawned(back_to_back, WORLD, 2_000, environment=ENVIRONMENT, timeout=150)
+    run_spawned(back_to_back, WORLD, 2_000, environment=ENVIRONMENT, keep=True, timeout=150)
 
 
 def release_and_restore(rank: int, world: int) -> None:
@@ -191,7 +191,7 @@ def release_and_restore(rank: int, world: int) -> None:
 
 
 def test_release_and_restore() -> None:
-    run_spawned(release_and_restore, WORLD, environment=ENVIRONMENT, timeout=100)
+    run_spawned(release_and_restore, WORLD, environment=ENVIRONMENT, keep=True, timeout=100)
 
 
 LOST = [("matmul_reduce_scatter", "chunked"), ("all_gather_matmul", "chunked"), ("all_gather_matmul", "push")]

@@ -62,4 +62,4 @@ def test_back_ends(name: str) -> None:
     if name.startswith("flashinfer") and importlib.util.find_spec("flashinfer") is None:
         pytest.skip("FlashInfer is not installed")
     least = 12 if name.startswith("flashinfer") else 16
-    assert all(n >= least for n in run_spawned(served, WORLD, name, environment={}, timeout=300))
+    assert all(n >= least for n in run_spawned(served, WORLD, name, environment={}, keep=True, timeout=300))

@@ -81,7 +81,7 @@ def every_case(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_schemes_and_sizes(algorithm: str) -> None:
-    assert all(n >= 40 for n in run_spawned(every_case, WORLD, algorithm, environment={}, timeout=200))
+    assert all(n >= 40 for n in run_spawned(every_case, WORLD, algorithm, environment={}, keep=True, timeout=200))
 
 
 def sandwich_bias_alpha(rank: int, world: int, algorithm: str) -> int:
@@ -110,7 +110,7 @@ def sandwich_bias_alpha(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_sandwich_bias_and_scale(algorithm: str) -> None:
-    run_spawned(sandwich_bias_alpha, WORLD, algorithm, environment={}, timeout=120)
+    run_spawned(sandwich_bias_alpha, WORLD, algorithm, environment={}, keep=True, timeout=120)
 
 
 def special_values(rank: int, world: int, algorithm: str) -> int:
@@ -134,7 +134,7 @@ def special_values(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_special_values(algorithm: str) -> None:
-    run_spawned(special_values, WORLD, algorithm, environment={}, timeout=120)
+    run_spawned(special_values, WORLD, algorithm, environment={}, keep=True, timeout=120)
 
 
 def back_to_back(rank: int, world: int, algorithm: str, count: int) -> int:
@@ -184,7 +184,7 @@ def back_to_back(rank: int, world: int, algorithm: str, count: int) -> int:
 
 @algorithms
 def test_back_to_back_and_replay(algorithm: str) -> None:
-    run_spawned(back_to_back, WORLD, algorithm, 10_000, environment={}, timeout=200)
+    run_spawned(back_to_back, WORLD, algorithm, 10_000, environment={}, keep=True, timeout=200)
 
 
 def groups_and_streams(rank: int, world: int, algorithm: str) -> int:
@@ -224,7 +224,7 @@ def groups_and_streams(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_groups_streams_and_restore(algorithm: str) -> None:
-    run_spawned(groups_and_streams, WORLD, algorithm, environment={}, timeout=120)
+    run_spawned(groups_and_streams, WORLD, algorithm, environment={}, keep=True, timeout=120)
 
 
 def sharded_cases(rank: int, world: int) -> int:
@@ -287,4 +287,4 @@ def sharded_cases(rank: int, world: int) -> int:
 
 
 def test_sharded() -> None:
-    run_spawned(sharded_cases, WORLD, environment={}, timeout=250)
+    run_spawned(sharded_cases, WORLD, environment={}, keep=True, timeout=250)

@@ -1,8 +1,8 @@
 """Products whose rows are summed over the ranks, each rank keeping its share, by two algorithms.
 
-chunked: for each rank its rows' product by cuBLAS, straight into that rank's region; then one kernel sums the partial rows of
-all ranks, in FP32 and in rank order, and does all that follows on own rows (`cuda/reduce.cu`).  The products for the other ranks
-run on a stream of their own, so that two products fill each other's last wave.
+chunked: for each rank its rows' product by cuBLAS.  Copy engines take the other ranks' rows into their regions while own rows
+are multiplied: a product that writes over NVLink itself would wait for it at the end of every wave.  Then one kernel sums the
+partial rows of all ranks, in FP32 and in rank order, and does all that follows on own rows (`cuda/reduce.cu`).
 plain: one product, then the kernel of a reduce-scatter (`cuda/sharded.cu`): for few rows.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpfuse.ir import registry
 from tpfuse.ir.chained import Chained
@@ -58,20 +59,26 @@ def _partial_rows(
 ) -> None:  # fmt: skip
     """The products of one turn, each rank's into its region; all are behind the current stream when this returns."""
     tokens, width = call.x.shape
+    main, copies = torch.cuda.current_stream(), region.copies
 
-    def send(rank: int) -> None:
+    def multiply(rank: int) -> tuple[Tensor, Tensor]:
+        """→ the product of a rank's rows, and where that rank wants it."""
         begin, stop = share_of(rank, share, tokens, first, end)
-        out = region.part(rank, region.rank, stop - begin, width, call.x.dtype)
+        there = region.part(rank, region.rank, stop - begin, width, call.x.dtype)
+        out = there if rank == region.rank else product.empty(stop - begin)
         product.into(out, rows.part(begin, stop))
+        return out, there
 
-    main, side = torch.cuda.current_stream(), region.side
-    side.wait_event(main.record_event())
-    with torch.cuda.stream(side):
+    copies.wait_event(main.record_event())
+    with torch.cuda.stream(copies):
         arrive.wait_done(region, call.operator)
-        for step in range(1, region.world):
-            send((region.rank + step) % region.world)
-        sent = side.record_event()
-    send(region.rank)
+    for step in range(1, region.world):
+        made, there = multiply((region.rank + step) % region.world)
+        copies.wait_event(main.record_event())
+        with torch.cuda.stream(copies):
+            there.copy_(made)
+    sent = copies.record_event()
+    multiply(region.rank)
     main.wait_event(sent)
 
 
