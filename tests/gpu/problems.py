@@ -15,6 +15,7 @@ from tpfuse.formats.layouts import apply_layout, groups_of, remove_layout
 from tpfuse.ir import overlap, registry
 from tpfuse.ir.matmul import _rows_value, _weight_value, scaled_matmul, scaled_sample
 from tpfuse.ir.norm import rms_norm
+from tpfuse.lowering import select as _registered  # noqa: F401, the kernels
 
 SIZES = (1, 7, 64, 129, 512, 2048, 8192)
 ALGORITHMS = {"matmul_reduce_scatter": ("plain", "chunked"), "all_gather_matmul": ("push", "chunked")}

@@ -105,7 +105,9 @@ def raise_exactly(gm: fx.GraphModule, inputs: Sequence[Any]) -> Raised:
     assert_identical(_run(gm, inputs), expected)
     guards = _guards(gm.graph)
     if len(guards) > before:  # torch also writes down what follows from what it knew
-        assert _served(guards) == _served(guards[:before]), "a rewrite must not narrow the token counts that the graph serves"
+        assert _served(guards) == _served(guards[:before]), (
+            f"a rewrite must not narrow the token counts that the graph serves: {guards[before:]}"
+        )
     return Raised(calls, events)
 
 
