@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse.ir.op import BodyTracer, Op
@@ -130,7 +131,7 @@ def trace_body(op: Op, fakes: Mapping[str, Tensor], fixed: Mapping[str, Any]) ->
 
     mode = detect_fake_mode(list(fakes.values()))
     assert mode is not None
-    with mode:
+    with mode, enable_python_dispatcher():  # as AOTAutograd traces; else sizes become numbers in composite operators
         return make_fx(call, decomposition_table=decompositions())(*fakes.values()).graph
 
 
