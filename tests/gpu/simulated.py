@@ -6,6 +6,7 @@ It runs the kernels' protocol, memory model and arithmetic as they are; only the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -70,10 +71,15 @@ class SimulatedRanks:
         key = (launch, replace(call, x=None, residual=None, weight=None, scale=None, bias=None), call.x.shape, call.x.dtype)
         if key in self._known:
             return
-        for channel, stream, call in zip(self.channels, self.streams, calls, strict=True):
+
+        def empty(channel: Channel, stream: torch.cuda.Stream, call: Any) -> None:
             with torch.cuda.stream(stream):
                 residual = None if call.residual is None else call.residual[:0]
                 launch(channel, replace(call, x=call.x[:0], residual=residual))
+
+        # A kernel for each rank: NVRTC compiles side by side, Triton does not.
+        with ThreadPoolExecutor(self.world if "cuda" in launch.__module__ else 1) as pool:
+            list(pool.map(empty, self.channels, self.streams, calls))
         self.poison(calls)
         torch.cuda.synchronize()
         self._known.add(key)
