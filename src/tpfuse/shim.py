@@ -120,6 +120,11 @@ def nvrtc(source: str, name: str, architecture: str, options: list[str]) -> byte
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def multiply_to_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight of bf16, not rounded: FP32.  Elsewhere than on CUDA torch has no such product, and both are FP32."""
+    return torch.mm(x, weight, out_dtype=torch.float32) if x.is_cuda else x @ weight
+
+
 def multiply_in_blocks(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, square: bool, fast: bool, out: Tensor
 ) -> Tensor:

@@ -3,8 +3,9 @@
     out = (dequantised x @ dequantised weight) * alpha + bias, summed in FP32
 
 FP8 in groups of 128 or 64 columns: each group's product by the FP8 units, then its scales in FP32.  NVFP4: both operands
-are decoded to bf16 in registers, which is exact (an e2m1 value times an e4m3 scale has at most six significant bits), and
-multiplied by the bf16 units; `alpha` undoes the global scales.
+are decoded to bf16, which is exact (an e2m1 value times an e4m3 scale has at most six significant bits), and multiplied by the
+bf16 units; `alpha` undoes the global scales.  Few rows are decoded in registers, where the weight is read once; with many, each
+weight would be decoded for every tile of rows, so both are decoded to memory first and cuBLAS multiplies them.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tpfuse import shim
 from tpfuse.formats import Layout, Scheme
 
 from .calls import scale_strides
 from .plan import ceil_div
 from .rows import scale_offset
 
-SIZES = ["rows", "n", "k", "x_stride", "w_stride", "xs_row", "xs_group", "ws_group", "ws_col"]
+FEW = 64  # rows of NVFP4 that are decoded in registers
 TALL = 8  # tiles of rows that follow one another before the next columns: their weights stay in the L2 cache
 
 
@@ -110,6 +112,36 @@ def nvfp4_kernel(
     store_tile(out, total, bias, alpha, row, col, rows, n, BIAS, ALPHA)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def decode_kernel(
+    x, scale, out, rows, half, x_stride, s_row, s_group, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """x [rows, half] of NVFP4 values in pairs → out [rows, 2 * half], contiguous."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    at = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = (row < rows)[:, None] & (at < half)[None, :]
+    pair = tl.load(x + row[:, None].to(tl.int64) * x_stride + at[None, :], mask=inside, other=0).to(tl.int32)
+    where = scale_offset(row[:, None], (at // 8)[None, :], half // 8, s_row, s_group, TILE)
+    by = tl.load(scale + where, mask=inside, other=0.0).to(tl.float32)
+    values = tl.interleave(decode(pair, by, WIDE), decode(pair >> 4, by, WIDE))
+    col = tl.program_id(1) * 2 * BLOCK_K + tl.arange(0, 2 * BLOCK_K)
+    to = row[:, None].to(tl.int64) * (2 * half) + col[None, :]
+    tl.store(out + to, values, mask=(row < rows)[:, None] & (col < 2 * half)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_kernel(
+    total, bias, alpha, out, rows, n, BIAS: tl.constexpr, ALPHA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """out = total * alpha + bias, both [rows, n], total in FP32."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row < rows)[:, None] & (col < n)[None, :]
+    values = tl.load(total + row[:, None].to(tl.int64) * n + col[None, :], mask=inside, other=0.0)
+    store_tile(out, values, bias, alpha, row, col, rows, n, BIAS, ALPHA)
+
+
 @dataclass(frozen=True)
 class ProductPlan:
     """A block's tile of the result, bytes of a row of x at a time, and how it is run."""
@@ -122,8 +154,8 @@ class ProductPlan:
 
     @staticmethod
     def of(rows: int, scheme: str) -> ProductPlan:
-        if scheme == "nvfp4":  # more would not fit the registers, in which it is decoded
-            return ProductPlan(64, 64, 32, 4, 4) if rows <= 64 else ProductPlan(128, 128, 32, 8, 3)
+        if scheme == "nvfp4":
+            return ProductPlan(64, 64, 32, 4, 4)
         group = Scheme.parse(scheme).group
         return ProductPlan(64, 64, group, 4, 4) if rows <= 64 else ProductPlan(128, 128, group, 8, 4)
 
@@ -138,6 +170,8 @@ def scaled_product(
     w, k = weight.t(), x.shape[1]
     if rows == 0:
         return out
+    if scheme == "nvfp4" and rows > FEW:
+        return _decoded_product(out, x, w, x_scale, weight_scale, bias, alpha, layout, weight_layout)
     plan = ProductPlan.of(rows, scheme)
     flags = {
         "BIAS": bias is not None, "ALPHA": alpha is not None, "BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n, "TALL": TALL,
@@ -158,4 +192,34 @@ def scaled_product(
             x, w, x_scale, weight_scale, *given, out, rows, n, k, x.stride(0), w.stride(0), *scale_strides(x_scale),
             *scale_strides(weight_scale), GROUP=group, SQUARE=weight_scale.shape[1] != n, **flags, **options,
         )  # fmt: skip
+    return out
+
+
+def _decoded_product(
+    out: Tensor, x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, alpha: Tensor | None, layout: str,
+    weight_layout: str,
+) -> Tensor:  # fmt: skip
+    """x [rows, k / 2], w [n, k / 2]."""
+    rows, n = out.shape
+    wide = [_decoded(x, x_scale, layout), _decoded(w, w_scale, weight_layout)]
+    total = shim.multiply_to_f32(wide[0], wide[1].t())
+    block_m, block_n = 4, 512
+    grid = (ceil_div(rows, block_m), ceil_div(n, block_n))
+    given = (x if bias is None else bias, x if alpha is None else alpha)
+    finish_kernel[grid](
+        total, *given, out, rows, n, BIAS=bias is not None, ALPHA=alpha is not None, BLOCK_M=block_m, BLOCK_N=block_n
+    )
+    return out
+
+
+def _decoded(x: Tensor, scale: Tensor, layout: str) -> Tensor:
+    """NVFP4 values [rows, k / 2] → [rows, k] in bf16; in the interpreter in FP32, which has no bf16 product."""
+    rows, half = x.shape
+    out = x.new_empty(rows, 2 * half, dtype=torch.bfloat16 if x.is_cuda else torch.float32)
+    block_m, block_k = 8, 256
+    grid = (ceil_div(rows, block_m), ceil_div(half, block_k))
+    decode_kernel[grid](
+        x.view(torch.int8), scale, out, rows, half, x.stride(0), *scale_strides(scale), TILE=Layout.parse(layout).tile_rows,
+        BLOCK_M=block_m, BLOCK_K=block_k, WIDE=not x.is_cuda,
+    )  # fmt: skip
     return out
