@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,10 +11,14 @@ import pytest
 from tpfuse.cli import tune
 from tpfuse.config import table_path
 from tpfuse.lowering.table import Entry, Table
-from tpfuse.measure.points import AGAIN, grid
+from tpfuse.measure import gemm
+from tpfuse.measure.gemm import FEWEST, by_message
+from tpfuse.measure.points import AGAIN, ALONE, grid
+from tpfuse.target import Target
 
 MACHINE, VERSIONS = "2 x NVIDIA H100", {"torch": "2.11.0", "kernels": "0123"}
 ONE, TWO = "triton:one_shot", "cuda:one_shot"
+H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
 OP = "all_reduce_add_rms_norm"
 
 
@@ -65,6 +71,84 @@ def test_the_table_is_written_where_lowering_looks(cli, monkeypatch, tmp_path):
     assert table_path(MACHINE) == tmp_path / "tables" / "2-x-nvidia-h100.json"
     assert table.entries == (entry(4096, TWO),) and table.stale(MACHINE, VERSIONS) is None
     assert table.digest in out and "a note" in out and TWO in out
+
+
+def test_products_are_measured_where_sizes_of_layers_are_given(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    jobs = []
+
+    def measured(work: Any, world: int, job: tune.Job, **_: Any) -> list[dict[str, Any]]:
+        jobs.append(job)
+        times = {ALONE: [50.0], "nccl": [80.0], "cuda:chunked": [55.0], ALONE + AGAIN: [50.0]}
+        found = [row for p in job.products for row in p.rows(times, 2, None)]
+        return [{"rows": by_message(job.products, found), "machine": MACHINE, "versions": VERSIONS, "notes": []}] * world
+
+    monkeypatch.setattr("tpfuse.cli.bench.launch", measured)
+    options = ("--tokens", "", "--hidden", "4096,8192", "--scheme", "none,fp8_tensor", "--out", tmp_path / "table.json")
+    status, _, errors = cli("tune", *options, "--intermediate", "14336,28672", "--product-tokens", "512,128")
+    assert status == 0, errors
+    (job,) = jobs
+    assert not job.points and {p.tokens for p in job.products} == {128, 512}
+    assert (job.products[0].hidden, job.products[0].intermediate, job.products[0].tokens) == (8192, 28672, 512)
+    table = Table.load(tmp_path / "table.json")
+    found = {(e.op, e.scheme, e.dtype, e.hidden, e.across) for e in table.entries}
+    assert {steps for e in table.entries for steps in e.steps} == {(None, "cuda:chunked")} and len(found) == 12
+    assert ("all_gather_scaled_matmul", "fp8_tensor", "float8_e4m3fn", 8192, 28672) in found
+    assert ("scaled_matmul_reduce_scatter_add_rms_norm_quantize", "fp8_tensor", "bfloat16", 4096, 7168) in found
+    status, _, errors = cli("tune", *options, "--intermediate", "14336")
+    assert status == 1 and "one for each of 2 widths, not 1" in errors
+
+
+class FakeTimer:
+    """chunked wins beyond 512 tokens; calls are what is asked for, kernels the point's."""
+
+    def __init__(self, trials: int) -> None:
+        self.most, self.of = trials, None
+
+    def alternate(self, impls: dict[str, Any], calls: int, trials: int) -> dict[str, list[float]]:
+        assert FEWEST <= trials <= self.most
+        return {name: [fn(0)] * trials for name, fn in impls.items()}
+
+
+def test_a_rank_measures_products_and_what_follows_them(monkeypatch):
+    """`tune.work` with a fake clock: the composition is measured with the kernel that the product alone was fastest by."""
+    composed = []
+
+    class Built(gemm.Gemms):
+        def kernels(self, point: Any) -> dict[str, Any]:
+            names = [k.name for k in gemm.usable(point, gemm.shapes(point), self.target)]
+            product = replace(point, operator=gemm.SCATTER)
+            if point.operator == gemm.WITH_NORM:
+                composed.append((point.tokens, self.fastest[product]))
+                names.append("unfused")
+            large = point.tokens > 512
+            times = {n: 90.0 - 10 * (n.endswith(":chunked") == large) - 5 * (n == "unfused" and not large) for n in names}
+            return {n: lambda i, us=us: us for n, us in {ALONE: 50.0, **times, ALONE + AGAIN: 50.1}.items()}
+
+    ranks = SimpleNamespace(
+        group=SimpleNamespace(group_name="g"), target=H100, notes=[], built=None, share=lambda mine: [mine, mine],
+        timer=FakeTimer, leave=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr("tpfuse.measure.ranks.Ranks.join", lambda *_, **__: ranks)
+    monkeypatch.setattr("tpfuse.runtime.detect.detect", lambda *_: Target(versions=VERSIONS))
+    monkeypatch.setattr("tpfuse.runtime.detect.machine", lambda *_: MACHINE)
+    monkeypatch.setattr(tune, "Gemms", Built)
+    points = tune.products_of(["", "fp8_token"], [4096], [14336], [128, 1024], 2, "bfloat16")
+    place: Any = SimpleNamespace(rank=1, world=2)
+    out = tune.work(place, lambda *_: None, tune.Job((), (), tuple(points), 15, 100.0))
+    assert composed == [(1024, "cuda:chunked"), (128, "cuda:plain")] * 2
+    table = tune.merged(None, MACHINE, VERSIONS, out["rows"])
+    assert len(table.entries) == 6
+    choices = {(e.op, e.scheme): [choice for _, choice in e.steps] for e in table.entries}
+    assert choices["matmul_reduce_scatter", ""] == ["nccl", "cuda:chunked"]
+    assert choices["matmul_reduce_scatter_add_rms_norm", ""] == ["unfused", "cuda:chunked"]
+    assert choices["all_gather_scaled_matmul", "fp8_token"] == ["nccl", "cuda:chunked"]
+
+
+def test_products_of_a_size_that_was_cut_off_make_no_entry():
+    points = tune.products_of([""], [4096], [14336], [128, 512], 2, "bfloat16")
+    rows = [row for p in points[:-1] for row in p.rows({ALONE: [1.0]}, 2, None)]
+    assert {r["op"] for r in tune.complete(rows, points)} == {"matmul_reduce_scatter", "matmul_reduce_scatter_add_rms_norm"}
 
 
 def test_ranks_need_gpus(cli, monkeypatch):

@@ -100,7 +100,7 @@ def test_quantised_rows(op: Op, scheme: str) -> None:
 def test_the_norm_behind_a_product(op: Chained) -> None:
     args = op.sample(**SHAPE)
     for algorithm in ("plain", "chunked"):
-        entry = Entry(op.name, "bfloat16", 2, ((None, f"cuda:{algorithm}"),), scheme=args.get("w_scheme", args.get("scheme", "")))
+        entry = Entry(op.name, "bfloat16", 2, ((None, f"cuda:{algorithm}"),), scheme=args.get("w_scheme", ""))
         found = pick(op, args, H100, "auto", Table(entries=(entry,)))
         assert isinstance(found, Pick) and found.name == f"cuda:{algorithm}"
         assert callable(load(found.kernels[0][1].launch))

@@ -1,6 +1,7 @@
 """Tables of thresholds: reading, choosing, ranges from bytes, staleness."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,11 +93,17 @@ def test_stale():
 
 
 def test_json_is_what_the_docstring_shows():
-    data = json.loads(Table("m", VERSIONS, (SP,)).to_json())
+    times = ((4 << 20, (("off", 41.5), ("on", 47.25))), (16 << 20, (("off", 160.5), ("on", 121.0))))
+    table = Table("m", VERSIONS, (replace(SP, times=times),))
+    assert Table.parse(table.to_json()).entries[0].times == times
+    data = json.loads(table.to_json())
     assert data["entries"][0] == {
         "op": "sequence_parallel", "dtype": "bfloat16", "world": 2, "scheme": "", "hidden": None, "across": None,
         "steps": [[1 << 20, "off"], [None, "on"]],
+        "times": [[4 << 20, {"off": 41.5, "on": 47.25}], [16 << 20, {"off": 160.5, "on": 121.0}]],
     }  # fmt: skip
+    del data["entries"][0]["times"]  # a table from before there were any
+    assert Table.parse(json.dumps(data)).entries == (SP,)
 
 
 def test_a_chain_is_judged_by_its_own_scheme_or_by_plain_rows():

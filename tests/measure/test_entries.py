@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tpfuse.lowering.table import Entry
 from tpfuse.measure.entries import LEAST_MARGIN, SWITCH, entries, losses, margin, steps
-from tpfuse.measure.points import AGAIN
+from tpfuse.measure.points import AGAIN, ALONE
 
 ROW = 8192
 ONE, TWO = "triton:one_shot", "triton:two_shot"
@@ -79,6 +79,26 @@ def test_an_entry_for_each_scheme_and_width():
         Entry("all_reduce_add_rms_norm", "bfloat16", 2, ((None, ONE),), "fp8_tensor", 4096),
         Entry("all_reduce_add_rms_norm", "bfloat16", 2, ((None, ONE),), "", 8192),
     ]
+
+
+def test_a_product_alone_is_the_noise_and_no_choice():
+    where = {"op": "matmul_reduce_scatter", "scheme": "", "dtype": "bfloat16", "world": 2, "hidden": 4096, "across": 7168}
+    times = {512: {ALONE: 50.0, "nccl": 80.0, "cuda:plain": 60.0, ALONE + AGAIN: 50.3},
+             8192: {ALONE: 700.0, "nccl": 800.0, "cuda:plain": 790.0, "cuda:chunked": 710.004, ALONE + AGAIN: 705.0}}  # fmt: skip
+    given = [{**where, "tokens": n, "impl": impl, "us": us} for n, of in times.items() for impl, us in of.items()]
+    other = [{**row, "across": 2048} for row in given if row["tokens"] == 512]
+    first, second = entries([*given, *other])
+    assert (first.across, first.steps) == (7168, ((2048 * ROW, "cuda:plain"), (None, "cuda:chunked")))
+    assert (second.across, second.steps) == (2048, ((None, "cuda:plain"),))
+    assert [size for size, _ in first.times] == [512 * ROW, 8192 * ROW]
+    assert dict(first.times[1][1]) == {**times[8192], "cuda:chunked": 710.0}
+
+
+def test_products_that_take_the_same_time_go_to_the_simplest_kernel():
+    names = ("torch:fused", "cuda:chunked", "cuda:plain", "nccl")
+    given = {4096: {name: 100.0 - i / 10 for i, name in enumerate(names[::-1])}}
+    found = [steps({4096: {k: given[4096][k] for k in names[:n]}}, 0.01, ROW) for n in (4, 3, 2, 1)]
+    assert [choice for ((_, choice),) in found] == ["nccl", "cuda:plain", "cuda:chunked", "torch:fused"]
 
 
 def test_without_a_repetition_there_is_no_margin():

@@ -10,15 +10,19 @@ import torch
 from tpfuse.cli import bench_gemm
 from tpfuse.cli.models import BadInput
 from tpfuse.formats.layouts import remove_layout
+from tpfuse.ir import overlap
+from tpfuse.ir.norm import add_rms_norm
 from tpfuse.ir.op import Message, load
+from tpfuse.lowering import select
 from tpfuse.lowering.table import BUILT_IN, Entry, Table
 from tpfuse.measure import gemm, results
+from tpfuse.measure.entries import entries
 from tpfuse.measure.gemm import ALONE, GemmPoint
 from tpfuse.measure.points import AGAIN, Sweep
-from tpfuse.target import Target
+from tpfuse.target import Range, Target
 
 H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
-RS, AG = "matmul_reduce_scatter", "all_gather_matmul"
+RS, AG, NORM = gemm.SCATTER, gemm.GATHER, gemm.WITH_NORM
 SCHEMES = ("", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
 
 
@@ -45,13 +49,13 @@ def test_long_calls_are_few_to_a_graph():
     assert calls == [4, 2, 1]
 
 
-@pytest.mark.parametrize("operator", [RS, AG])
+@pytest.mark.parametrize("operator", [RS, AG, NORM])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_peer_and_own_kernel_that_serves(operator: str, scheme: str):
     found = {gemm.impl_of(k.name) for k in gemm.usable(point(operator, scheme), gemm.shapes(point(operator, scheme)), H100)}
-    own = {"tpfuse:plain", "tpfuse:chunked"} if operator == RS else {"tpfuse:push", "tpfuse:chunked"}
+    own = {"tpfuse:push", "tpfuse:chunked"} if operator == AG else {"tpfuse:plain", "tpfuse:chunked"}
     torchs = {gemm.TORCH} if scheme in ("", "fp8_tensor", "fp8_token") else set()
-    assert found == own | torchs | {gemm.NCCL}
+    assert found == own | (torchs | {gemm.NCCL} if operator != NORM else set())
 
 
 def test_what_lowering_picks():
@@ -62,6 +66,96 @@ def test_what_lowering_picks():
     table = Table("", {}, (entry,))
     found = [gemm.picked_impl(point(tokens=n), H100, table) for n in (1024, 2048, 8192)]
     assert found == [gemm.NCCL, "tpfuse:chunked", gemm.TORCH]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("operator", [RS, AG, NORM])
+def test_lowering_finds_the_entry_that_a_points_rows_make(operator: str, scheme: str):
+    """Every other choice at every other size: what is read is what was written for just this operator and these sizes."""
+    names = [k.name for k in gemm.usable(point(operator, scheme), gemm.shapes(point(operator, scheme)), H100)]
+    counts = (128, 512, 2048, 8192)
+    wanted = {n: names[i % len(names)] for i, n in enumerate(counts)}
+    points = [point(operator, scheme, n) for n in counts]
+    rows = [row for p in points for row in p.rows(
+        {ALONE: [50.0], **{name: [60.0 - 5 * (name == wanted[p.tokens])] for name in names}, ALONE + AGAIN: [50.0]}, 2, None)]
+    table = Table("", {}, tuple(entries(gemm.by_message(points, rows))))
+    for other in (AG, RS, NORM):
+        for p in (point(other, scheme, n) for n in counts):
+            found = select.pick(p.op, gemm.shapes(p), H100, "auto", table, Range(p.tokens, p.tokens))
+            picked = found.name if isinstance(found, select.Pick) else None
+            assert picked == (wanted[p.tokens] if other == operator else None), (other, p.tokens)
+
+
+@pytest.mark.parametrize("scheme", ["", "fp8_tensor"])
+def test_any_norm_behind_a_product_is_judged_by_the_one_that_was_measured(scheme: str):
+    """By the product's own scheme; a shape that was not measured by the nearest."""
+    p = point(NORM, scheme)
+    table = Table("", {}, (Entry(p.op.name, "bfloat16", 2, ((None, "cuda:chunked"),), scheme, 8192, 7168),))
+    args, product = gemm.shapes(p), "scaled_matmul" if scheme else "matmul"
+    given = {**args, "weight2": args["weight"], "eps2": 1e-6, "scale": None, "scheme": "fp8_group128", "layout": "row"}
+    for op in overlap.WITH_NORM:
+        found = select.measured(op, {n: given[n] for n in op.params}, H100, table) if op.first.name == product else None
+        assert (found is not None) == (op.first.name == product)
+    none = select.measured(gemm.GemmPoint(RS, scheme, 4096, 14336, 512, 2).op, gemm.shapes(point(RS, scheme)), H100, table)
+    assert none is None
+
+
+def test_what_a_norm_behind_a_product_is_given(group: str):
+    for scheme in SCHEMES:
+        small = GemmPoint(NORM, scheme, 256, 512, 33, 2)
+        made = gemm.make(small, 64, 1, "cpu")
+        x, scale = gemm.rows_of(small, made, 33)
+        args = gemm.bound(small, {**made, "x": x, "x_scale": scale}, group)
+        args["padded"] = True
+        out = small.op.fake(*args.values())
+        assert len(out) == len(small.alive) and out[-1].shape == args["residual"].shape == (17, 256)
+        assert args["w" if "w" in args else "weight"].shape == (512 // 2 // (2 if scheme == "nvfp4" else 1), 256)
+
+
+def test_what_is_measured_unfused_is_the_fastest_product_and_a_norm(monkeypatch: pytest.MonkeyPatch):
+    """Two ranks with the same rows: their sum is twice the product."""
+    loads: list[str] = []
+
+    def norm_for(path: str) -> Any:
+        loads.append(path)
+        return _norm if "norm_quant" in path else load(path)
+
+    monkeypatch.setattr(gemm, "load", norm_for)
+
+    class Group:
+        group_name = "g"
+
+        def rank(self) -> int:
+            return 0
+
+    calls = []
+
+    def launcher(name: str) -> Any:
+        calls.append(name)
+        return lambda x, weight, bias, padded, group, *, alive: 2 * (x @ weight)[:16]
+
+    built: Any = gemm.Gemms(Group(), Target("cpu"), 64, 256, "cpu")  # type: ignore[arg-type]
+    small = GemmPoint(NORM, "", 256, 512, 32, 2)
+    product = GemmPoint(RS, "", 256, 512, 32, 2)
+    monkeypatch.setattr(product.op, "launcher", launcher)
+    assert gemm.UNFUSED not in built.kernels(small)
+    times = {ALONE: [50.0], "nccl": [80.0], "torch:fused": [70.0], "cuda:plain": [71.0], ALONE + AGAIN: [50.0]}
+    built.learn(product, product.rows(times, 2, None))
+    norm, h = built.kernels(small)[gemm.UNFUSED](0)
+    args = built.operands(small)
+    expected = 2 * (args["x"][:32] @ args["weight"])[:16] + 0.5
+    assert calls == ["torch:fused"] and loads[-1] == "tpfuse.kernels.norm_quant:add_rms_norm"
+    torch.testing.assert_close(h, expected)
+    torch.testing.assert_close(norm, add_rms_norm.reference(expected, torch.zeros_like(h), torch.ones(256).bfloat16(), 1e-6)[0])
+
+
+def _norm(x: torch.Tensor, *args: Any, alive: tuple[bool, ...]) -> Any:
+    return add_rms_norm.reference(x, *args)
+
+
+def test_samples_are_fewer_where_calls_are_long():
+    counts = [GemmPoint(AG, "", 8192, 28672, n, 2).trials(15) for n in (128, 1024, 8192)]
+    assert counts == [15, 10, 5] and GemmPoint(AG, "", 8192, 28672, 8192, 2).trials(2) == 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:])

@@ -185,7 +185,7 @@ def gemm(
 @app.command()
 def tune(
     tp: Annotated[int, typer.Option("--tp", "--world", min=2, help="Ranks, a GPU each.")] = 2,
-    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help='Of the all-reduces; "" for none.')] = None,
     hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
     scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
     dtype: Annotated[LowDtype, typer.Option(help="Of the rows.")] = LowDtype.bfloat16,
@@ -195,8 +195,12 @@ def tune(
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="Also from which size on residuals are better kept sharded.")
     ] = False,
-    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins for each form.")] = None,
+    intermediate: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Of the layers, one a width: also products next to collectives.")
+    ] = None,
+    product_tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts of the products.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph, at most.")] = 15,
+    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The table; default: where this machine's is found.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything that was measured.")] = None,
 ) -> None:
@@ -205,9 +209,10 @@ def tune(
     from tpfuse.cli import tune as command
 
     command.run(
-        _console(), tp, options.numbers(tokens, command.TOKENS), options.numbers(hidden, command.HIDDEN),
-        options.schemes(scheme, command.SCHEMES), dtype.value, (True,) if residual else (True, False), sequence_parallel,
-        trials, limit_s, out, samples,
+        _console(), tp, options.numbers(tokens, command.TOKENS) if tokens != "" else [],
+        options.numbers(hidden, command.HIDDEN), options.schemes(scheme, command.SCHEMES), dtype.value,
+        (True,) if residual else (True, False), sequence_parallel, options.numbers(intermediate, ()),
+        options.numbers(product_tokens, command.PRODUCT_TOKENS), trials, limit_s, out, samples,
     )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
         return {**ranks.built.ours(point, picked(point)), **ranks.built.peers(point)}
 
     machine = results.environment()
-    Sweep(place.world, build, timer.alternate, ranks.share, job.limit_s, tell).run(job.points, picked)
+    Sweep(place.world, build, timer.of, ranks.share, job.limit_s, tell).run(job.points, picked)
     ranks.leave()
     return document()
 

@@ -112,7 +112,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
                 results.write(job.json, document())
 
     timer = ranks.timer(job.trials)
-    Sweep(place.world, built.named, timer.alternate, ranks.share, job.limit_s, tell).run(
+    Sweep(place.world, built.named, timer.of, ranks.share, job.limit_s, tell).run(
         job.points, lambda point: gemm.picked_impl(point, ranks.target, job.table)
     )
     ranks.leave()

@@ -4,13 +4,15 @@ A table is a JSON file that `tpfuse tune` writes:
 
     {"machine": "2 x NVIDIA H100", "versions": {"torch": "2.11.0", "triton": "3.6.0"},
      "entries": [{"op": "sequence_parallel", "scheme": "", "dtype": "bfloat16", "world": 2, "hidden": null,
-                  "across": null, "steps": [[8388608, "off"], [null, "on"]]}]}
+                  "across": null, "steps": [[8388608, "off"], [null, "on"]],
+                  "times": [[4194304, {"off": 41.5, "on": 47.25}], [16777216, {"off": 160.5, "on": 121.0}]]}]}
 
 A step's choice holds up to and with its bytes, null without end.  Choices of an operator are kernels by name
 ("triton:one_shot") or "unfused", those of a pass "on" and "off".  Bytes are of the rows that meet in the collective, all ranks'
 together: tokens · hidden · item size.  Next to a product dtype and hidden are theirs too (`Op.message`): of the product
 before a reduce-scatter, of what is gathered before a product, quantised rows by their own dtype; `across` is the other dimension
 of the weights.  A size that was not measured is served by the nearest one that was, by their ratio, `hidden` before `across`.
+`times` are the measurements behind the steps: microseconds of each choice by bytes, what was measured beside them too.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Entry:
     """Choices for one operator at one dtype ("bfloat16") and world size.
 
     hidden, across: the sizes it was measured at; None for every one.  steps: (bytes, choice), ascending, the last without end.
+    times: (bytes, ((choice, µs), …)), ascending; no part of what an entry decides.
     """
 
     op: str
@@ -44,6 +47,7 @@ class Entry:
     scheme: str = ""
     hidden: int | None = None
     across: int | None = None
+    times: tuple[tuple[int, tuple[tuple[str, float], ...]], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         ends = [end for end, _ in self.steps]
@@ -84,10 +88,7 @@ class Table:
         """A table from what `to_json` gave.  ValueError, naming `name`, where it is none."""
         try:
             data = json.loads(text)
-            entries = tuple(
-                Entry(**{**e, "steps": tuple((end, choice) for end, choice in e["steps"])}) for e in data["entries"]
-            )
-            return cls(data["machine"], data["versions"], entries)
+            return cls(data["machine"], data["versions"], tuple(_entry(**e) for e in data["entries"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is no table of thresholds: {error}") from error
 
@@ -95,7 +96,10 @@ class Table:
         Path(path).write_text(self.to_json() + "\n")
 
     def to_json(self) -> str:
-        entries = [{**vars(e), "steps": [list(s) for s in e.steps]} for e in self.entries]
+        entries = [
+            {**vars(e), "steps": [list(s) for s in e.steps], "times": [[size, dict(of)] for size, of in e.times]}
+            for e in self.entries
+        ]
         return json.dumps({"machine": self.machine, "versions": dict(self.versions), "entries": entries}, indent=1)
 
     @property
@@ -151,6 +155,12 @@ class Table:
 
 BUILT_IN = Table()
 """Until something is measured: all-reduce + norm wherever a kernel serves it, no other form, one range."""
+
+
+def _entry(steps: Any, times: Any = (), **rest: Any) -> Entry:
+    return Entry(
+        steps=tuple((end, choice) for end, choice in steps), times=tuple((size, tuple(of.items())) for size, of in times), **rest
+    )
 
 
 def _apart(measured: int | None, size: int | None) -> float:

@@ -8,11 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from tpfuse.lowering.table import Entry
-from tpfuse.measure.points import AGAIN
+from tpfuse.measure.points import AGAIN, ALONE
 
 # Of two that take the same time the earlier one is chosen; what is not listed comes last.
-SIMPLEST = ("off", "on", "unfused", "triton:one_shot", "cuda:one_shot", "triton:two_shot", "cuda:two_shot", "nccl")
+SIMPLEST = (
+    "off", "on", "unfused", "triton:one_shot", "cuda:one_shot", "triton:two_shot", "cuda:two_shot", "nccl", "cuda:plain",
+    "cuda:push", "cuda:chunked",
+)  # fmt: skip
 LEAST_MARGIN = 0.01
 SWITCH = 0.005  # what a change of choices must win, over all sizes, as a share of one size's time
 
@@ -21,20 +26,32 @@ Times = Mapping[int, Mapping[str, float]]  # microseconds by token count and cho
 
 def entries(rows: Iterable[Mapping[str, Any]]) -> list[Entry]:
     """An entry for each operator, scheme, dtype, world size and width among the rows of a result, whose `impl` are kernels by
-    name, "unfused" or "on" and "off", one of them measured twice."""
+    name, "unfused" or "on" and "off", and for a product the product `ALONE`; one of them measured twice."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["scheme"], row["dtype"], row["world"], row["hidden"]), []).append(row)
+        groups.setdefault(key_of(row), []).append(row)
     found = []
-    for (op, scheme, dtype, world, hidden), own in groups.items():
+    for (op, scheme, dtype, world, hidden, across), own in groups.items():
         times: dict[int, dict[str, float]] = {}
         for row in own:
             times.setdefault(row["tokens"], {})[row["impl"]] = row["us"]
         again = {tokens: _noise(of) for tokens, of in times.items()}
-        choices = {tokens: {k: t for k, t in of.items() if not k.endswith(AGAIN)} for tokens, of in times.items()}
-        itemsize = {"bfloat16": 2, "float16": 2, "float32": 4}[dtype]
-        found.append(Entry(op, dtype, world, steps(choices, margin(again.values()), hidden * itemsize), scheme, hidden))
+        choices = {tokens: {k: t for k, t in of.items() if is_choice(k)} for tokens, of in times.items()}
+        row_bytes = hidden * getattr(torch, dtype).itemsize
+        measured = tuple((n * row_bytes, tuple((k, round(t, 2)) for k, t in of.items())) for n, of in sorted(times.items()))
+        chosen = steps(choices, margin(again.values()), row_bytes)
+        found.append(Entry(op, dtype, world, chosen, scheme, hidden, across, measured))
     return found
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row's entry is found by."""
+    return row["op"], row["scheme"], row["dtype"], row["world"], row["hidden"], row.get("across")
+
+
+def is_choice(impl: str) -> bool:
+    """Whether a name stands for what lowering can choose, not for a repetition or a bound."""
+    return not impl.endswith(AGAIN) and impl != ALONE
 
 
 def _noise(times: Mapping[str, float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,25 +19,29 @@ from torch import Tensor
 from tpfuse import formats
 from tpfuse.formats import default_layout
 from tpfuse.formats.layouts import apply_layout
-from tpfuse.ir import overlap
-from tpfuse.ir.matmul import E4M3, NATIVE, matmul, scaled_matmul
+from tpfuse.ir import overlap, registry
+from tpfuse.ir.chained import Chained
+from tpfuse.ir.matmul import E4M3, NATIVE, dtype_name, matmul, scaled_matmul
 from tpfuse.ir.op import Kernel, Message, Op, load
 from tpfuse.lowering import select
 from tpfuse.lowering.gemm_kernels import LISTS
-from tpfuse.lowering.table import Table
-from tpfuse.measure.points import AGAIN, NVLINK
+from tpfuse.lowering.table import UNFUSED, Table
+from tpfuse.measure import plain
+from tpfuse.measure.points import AGAIN, ALONE, NVLINK
 from tpfuse.measure.timing import summary
 from tpfuse.target import Range, Target
 
-ALONE = "gemm_alone"
 NCCL, TORCH = "nccl+cublas", "torch_fused"
 PEERS = {"nccl": NCCL, "torch:fused": TORCH}  # by kernel
-OPERATORS = {
-    "matmul_reduce_scatter": (overlap.matmul_reduce_scatter, overlap.scaled_matmul_reduce_scatter),
-    "all_gather_matmul": (overlap.all_gather_matmul, overlap.all_gather_scaled_matmul),
+SCATTER, WITH_NORM, GATHER = "matmul_reduce_scatter", "matmul_reduce_scatter_add_rms_norm", "all_gather_matmul"
+OPERATORS = {  # of rows as they are, and of quantised ones
+    SCATTER: (overlap.matmul_reduce_scatter, overlap.scaled_matmul_reduce_scatter),
+    WITH_NORM: (registry[WITH_NORM], registry[f"scaled_{WITH_NORM}_quantize"]),
+    GATHER: (overlap.all_gather_matmul, overlap.all_gather_scaled_matmul),
 }
 FLOPS = 650e12  # a second, about, of an H100 in bf16
 GRAPH_US = 1500.0  # of calls in a graph, about
+SAMPLES_US, FEWEST = 15_000.0, 5  # of all samples of an implementation, about; and how many there are at least
 BLOCK = 128
 LAYOUTS = {"fp8_group128": "col"}  # as cuBLAS reads them; others' default
 
@@ -61,7 +65,7 @@ class GemmPoint:
 
     @property
     def scatters(self) -> bool:
-        return self.operator == "matmul_reduce_scatter"
+        return self.operator != GATHER
 
     @property
     def weight(self) -> tuple[int, int]:
@@ -79,10 +83,26 @@ class GemmPoint:
         return LAYOUTS.get(self.scheme) or (default_layout(self.scheme) if self.scheme else "row")
 
     @property
+    def about_us(self) -> float:
+        """What the product alone takes, more or less."""
+        k, n = self.weight
+        return 2e6 * self.tokens * k * n / FLOPS
+
+    @property
     def calls(self) -> int:
         """Calls in a graph."""
-        k, n = self.weight
-        return max(1, min(4, int(GRAPH_US / (2e6 * self.tokens * k * n / FLOPS))))
+        return max(1, min(4, int(GRAPH_US / self.about_us)))
+
+    def trials(self, most: int) -> int:
+        """Samples of an implementation: fewer of long ones, which vary less."""
+        return max(min(FEWEST, most), min(most, int(SAMPLES_US / (self.calls * self.about_us))))
+
+    @property
+    def alive(self) -> tuple[bool, ...]:
+        """The results that a layer wants: behind a norm h too, but not the unquantised norm beside a quantised one."""
+        if self.operator != WITH_NORM:
+            return (True,)
+        return (True, True, False, True) if self.scheme else (True, True)
 
     @property
     def message(self) -> Message:
@@ -112,7 +132,7 @@ def grid(
 ) -> list[GemmPoint]:  # fmt: skip
     """Every combination, the tokens innermost and descending: they share operands, made for the most."""
     counts = sorted(set(tokens), reverse=True)
-    return [GemmPoint(o, s, h, i, t, world, dtype) for (h, i), o, s, t in itertools.product(sizes, operators, schemes, counts)]
+    return [GemmPoint(o, s, h, i, t, world, dtype) for (h, i), s, o, t in itertools.product(sizes, schemes, operators, counts)]
 
 
 class Gemms:
@@ -125,6 +145,7 @@ class Gemms:
         self.group, self.target, self.room, self.device = group, target, (most, widest), device
         self.prepared: set[str] = set()
         self.made: tuple[Any, dict[str, Any]] = (None, {})
+        self.fastest: dict[GemmPoint, str] = {}  # kernel, as far as measured: see `learn`
 
     def kernels(self, point: GemmPoint) -> dict[str, Callable[[int], Any]]:
         """The product alone, every kernel that serves the point by its name, and the product alone again."""
@@ -132,9 +153,29 @@ class Gemms:
         found = {ALONE: self.alone(point)}
         for kernel in usable(point, args, self.target):
             self.prepare(kernel.prepare)
-            launch = partial(point.op.launcher(kernel.name), *(args[p] for p in point.op.params), alive=(True,))
+            launch = partial(point.op.launcher(kernel.name), *(args[p] for p in point.op.params), alive=point.alive)
             found[kernel.name] = partial(_without_index, launch)
+        product = replace(point, operator=SCATTER)
+        if point.operator == WITH_NORM and product in self.fastest:
+            found[UNFUSED] = self.unfused(point, product)
         return {**found, ALONE + AGAIN: found[ALONE]}
+
+    def unfused(self, point: GemmPoint, product: GemmPoint) -> Callable[[int], Any]:
+        """The fastest product of scattered rows, then the norm (and quantise) of own rows by a kernel of its own."""
+        given, then = self.arguments(product), self.arguments(point)
+        kernel = product.op.launcher(self.fastest[product])
+        name = "add_rms_norm_quantize" if point.scheme else "add_rms_norm"
+        norm = load(f"tpfuse.kernels.norm_quant:{name}")
+
+        def call(i: int) -> Any:
+            then["x"] = kernel(*(given[p] for p in product.op.params), alive=(True,))
+            return norm(*(then[p] for p in registry[name].params), alive=point.alive)
+
+        return call
+
+    def learn(self, point: GemmPoint, rows: Iterable[Mapping[str, Any]]) -> None:
+        """From the rows of a point whose `impl` are kernels."""
+        self.fastest[point] = min((r["us"], r["impl"]) for r in rows if not r["impl"].startswith(ALONE))[1]
 
     def named(self, point: GemmPoint) -> dict[str, Callable[[int], Any]]:
         """The same by the names of result files."""
@@ -162,7 +203,7 @@ class Gemms:
 
     def operands(self, point: GemmPoint) -> dict[str, Any]:
         """x of the most rows, its scales by rows, and the weight: as a layer stores them, made once for all token counts."""
-        key = (point.operator, point.scheme, point.hidden, point.intermediate, point.dtype)
+        key = (point.scatters, point.scheme, point.hidden, point.intermediate, point.dtype)
         if self.made[0] != key:
             self.made = (None, {})  # the memory first
             self.made = (key, make(point, self.room[0], self.group.rank(), self.device))
@@ -242,7 +283,33 @@ def bound(point: GemmPoint, args: Mapping[str, Any], group: str) -> dict[str, An
         **args, **{name: [args[one]] for name, one in LISTS.items()}, **attributes(point), "padded": False, "rows": None,
         "keep": False, "group": group,
     }  # fmt: skip
-    return {name: given[name] for name in point.op.params}
+    op = point.op
+    if isinstance(op, Chained):
+        own, _ = op.halves(op.params)
+        renamed = {name: given[one] for name, one in zip(own, op.first.params, strict=True)}
+        given = {**given, **behind(point, args["x"].device), **renamed}
+    return {name: given[name] for name in op.params}
+
+
+def behind(point: GemmPoint, device: torch.device) -> dict[str, Any]:
+    """What follows a product of scattered rows: a residual of own rows, a norm, a quantise."""
+    shape, dtype = (-(-point.tokens // point.world), point.hidden), getattr(torch, point.dtype)
+    return {
+        "residual": torch.full(shape, 0.5, dtype=dtype, device=device), "alpha": 1.0, "eps": plain.EPS, "weight_bias": 0.0,
+        "weight": torch.ones(point.hidden, dtype=dtype, device=device), "bias": None, "rounding": "cast_first",
+        "scale": plain.scale_of(point.scheme, str(device)) if point.scheme else None, "scheme": point.scheme,
+        "layout": point.layout,
+    }  # fmt: skip
+
+
+def by_message(points: Iterable[GemmPoint], rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of points with dtype, hidden and across of the rows that meet in the collective, which lowering looks for."""
+    where = {}
+    for p in points:
+        found = p.message
+        sizes = {"dtype": dtype_name(found.dtype), "hidden": found.columns, "across": found.across}
+        where[p.op.name, p.scheme, p.hidden, p.intermediate] = sizes
+    return [{**row, **where[row["op"], row["scheme"], row["hidden"], row["intermediate"]]} for row in rows]
 
 
 def shapes(point: GemmPoint, group: str = "") -> dict[str, Any]:

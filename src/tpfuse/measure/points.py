@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from tpfuse.measure.timing import slowest, summary
 NVLINK = 380e9  # bytes a second in one direction between two H100s, attainable
 HBM = 3.35e12  # of an H100 SXM, by its datasheet
 AGAIN = " (A/A)"  # a second graph of an implementation: the difference is the noise
+ALONE = "gemm_alone"  # a product without its collective
 LAYOUTS = {"nvfp4": "linear"}  # "row" for the others
 
 Impls = Mapping[str, Callable[[int], Any]]
@@ -94,26 +95,27 @@ def grid(
 class Sweep:
     """How points are measured; all ranks run the same one.
 
-    build: the implementations of a point.  measure: microseconds a call, by implementation (`Timer.alternate`).
-    share: what every rank gives, by rank.  limit_s: no point begins later than this (rank 0's clock); None for no limit.
-    tell: called with every point's rows.
+    build: the implementations of a point.  measure: microseconds a call of it, by implementation (`Timer.alternate`).
+    share: what every rank gives, by rank.  limit_s: no point begins later than this after `start` (rank 0's clock); None for no
+    limit.  tell: called with every point's rows.
     """
 
     world: int
     build: Callable[[Any], Impls]
-    measure: Callable[[Impls, int], dict[str, list[float]]]
+    measure: Callable[[Impls, Any], dict[str, list[float]]]
     share: Callable[[Any], list[Any]]
     limit_s: float | None = None
     tell: Callable[[Any, list[dict[str, Any]]], None] = lambda point, rows: None
     clock: Callable[[], float] = time.monotonic
+    start: float = field(default_factory=time.monotonic)
 
     def run(self, points: Sequence[Measured], picked: Callable[[Any], str | None] = lambda point: None) -> list[dict[str, Any]]:
         """Rows of a result file, a point's together.  picked: the implementation that lowering would pick."""
-        start, found = self.clock(), []
+        found: list[dict[str, Any]] = []
         for point in points:
-            if self.limit_s is not None and self.share(self.clock() - start)[0] > self.limit_s:
+            if self.limit_s is not None and self.share(self.clock() - self.start)[0] > self.limit_s:
                 break
-            samples = slowest(self.share(self.measure(self.build(point), point.calls)))
+            samples = slowest(self.share(self.measure(self.build(point), point)))
             rows = point.rows(samples, self.world, picked(point))
             self.tell(point, rows)
             found += rows

@@ -45,7 +45,13 @@ class Timer:
                 fn(i)
         return graph
 
-    def alternate(self, impls: Mapping[str, Callable[[int], Any]], calls: int) -> dict[str, list[float]]:
+    def of(self, impls: Mapping[str, Callable[[int], Any]], point: Any) -> dict[str, list[float]]:
+        """`alternate` at a point of a sweep."""
+        return self.alternate(impls, point.calls)
+
+    def alternate(
+        self, impls: Mapping[str, Callable[[int], Any]], calls: int, trials: int | None = None
+    ) -> dict[str, list[float]]:
         """Microseconds a call of each implementation, one sample a replay, the implementations taking turns.
 
         A round, a replay of each, is enqueued as a whole: what the host does meanwhile costs no replay time.
@@ -54,7 +60,7 @@ class Timer:
         graphs = {name: self.graph(fn, calls, pool) for name, fn in impls.items()}
         samples: dict[str, list[float]] = {name: [] for name in impls}
         events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in impls}
-        for trial in range(self.trials + WARM):
+        for trial in range((trials or self.trials) + WARM):
             shim.device_pause(HEAD_START)
             for name, graph in graphs.items():
                 start, end = events[name]
