@@ -130,7 +130,7 @@ def test_a_rank_measures_products_and_what_follows_them(monkeypatch):
         timer=FakeTimer, leave=lambda: None,
     )  # fmt: skip
     monkeypatch.setattr("tpfuse.measure.ranks.Ranks.join", lambda *_, **__: ranks)
-    monkeypatch.setattr("tpfuse.runtime.detect.detect", lambda *_: Target(versions=VERSIONS))
+    monkeypatch.setattr("tpfuse.runtime.detect.detect", lambda *_: replace(H100, versions=VERSIONS))
     monkeypatch.setattr("tpfuse.runtime.detect.machine", lambda *_: MACHINE)
     monkeypatch.setattr(tune, "Gemms", Built)
     points = tune.products_of(["", "fp8_token"], [4096], [14336], [128, 1024], 2, "bfloat16")
