@@ -10,7 +10,6 @@ import pytest
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -65,7 +64,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], dynamic: int | None = 0) 
         return mode.from_tensor(arg, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
     fakes = [fake(i, arg) for i, arg in enumerate(args)]
-    with mode, torch.no_grad(), enable_python_dispatcher():  # which AOTAutograd traces under, too
+    with mode, torch.no_grad(), shim.enable_python_dispatcher():  # which AOTAutograd traces under, too
         table = select_decomp_table()
         gm = make_fx(lambda *a: list(pytree.tree_leaves(fn(*a))), decomposition_table=table)(*fakes)
         # F.rms_norm is taken apart below functionalisation, into in-place steps: those go in a second pass

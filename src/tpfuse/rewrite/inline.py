@@ -10,12 +10,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tpfuse.ir.op import BodyTracer, Op
 from tpfuse.rewrite.emit import emit, erase_dead, fake
-from tpfuse.shim import decompositions, detect_fake_mode
+from tpfuse.shim import decompositions, detect_fake_mode, enable_python_dispatcher
 
 _wait = torch.ops._c10d_functional.wait_tensor.default
 _bodies: WeakKeyDictionary[Any, dict[Any, fx.Graph]] = WeakKeyDictionary()  # traced bodies by fake mode
