@@ -157,16 +157,19 @@ def test_ranks_need_gpus(cli, monkeypatch):
     assert status == 1 and "1 GPUs are visible" in errors
 
 
+
 def test_both_forms_of_a_residual_are_measured_where_asked(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     jobs = []
 
     def measured(work: Any, world: int, job: tune.Job, **_: Any) -> list[dict[str, Any]]:
         jobs.append(job)
-        where = {"op": "sequence_parallel", "scheme": "fp8_tensor", "dtype": "bfloat16", "world": 2, "hidden": 4096}
-        times = {8: {"on": 5.0, "off": 4.0, "on" + AGAIN: 5.0}, 512: {"on": 9.0, "off": 14.0, "on" + AGAIN: 9.05}}
-        both = [{**where, "tokens": n, "impl": impl, "us": us} for n, of in times.items() for impl, us in of.items()]
-        return [{"rows": [*rows(4096, 1, 8), *both], "machine": MACHINE, "versions": VERSIONS, "notes": []}] * world
+        where = {"op": "reduce_scatter_add_rms_norm_quantize_all_gather", "scheme": "fp8_tensor", "dtype": "bfloat16", "world": 2,
+                 "hidden": 4096}  # fmt: skip
+        around = [{**where, "tokens": n, "impl": impl, "us": us}
+                  for n, us in {8: 5.0, 512: 3.0}.items() for impl in ("cuda:sharded", "cuda:sharded" + AGAIN)]  # fmt: skip
+        found = rows(4096, 1, 8, 512, scheme="fp8_tensor") + (around if job.sharded else [])
+        return [{"rows": found, "machine": MACHINE, "versions": VERSIONS, "notes": []}] * world
 
     monkeypatch.setattr("tpfuse.cli.bench.launch", measured)
     options = ("--tokens", "1,8,512", "--hidden", 4096, "--scheme", "fp8_tensor", "--out", tmp_path / "table.json")
@@ -174,3 +177,4 @@ def test_both_forms_of_a_residual_are_measured_where_asked(cli, monkeypatch, tmp
     assert [[p.tokens for p in job.sharded] for job in jobs] == [[], [8, 512]]  # one token is no multiple of two ranks
     (found,) = [e for e in Table.load(tmp_path / "table.json").entries if e.op == "sequence_parallel"]
     assert found == Entry("sequence_parallel", "bfloat16", 2, ((64 * 8192, "off"), (None, "on")), "fp8_tensor", 4096)
+    assert found.times == ((8 * 8192, (("off", 4.0), ("on", 5.0))), (512 * 8192, (("off", 4.0), ("on", 3.0))))

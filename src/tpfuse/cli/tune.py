@@ -16,14 +16,15 @@ from tpfuse.cli.bench_gemm import room
 from tpfuse.cli.launch import Place, Progress
 from tpfuse.cli.models import BadInput
 from tpfuse.config import table_path
-from tpfuse.lowering.table import UNFUSED, Table
+from tpfuse.lowering.table import UNFUSED, Entry, Table
 from tpfuse.measure import gemm, results
 from tpfuse.measure.entries import entries, key_of
 from tpfuse.measure.gemm import GemmPoint, Gemms, by_message
 from tpfuse.measure.points import AGAIN, Point, Sweep, grid
-from tpfuse.measure.sharded import ShardedPoint, forms, relabelled
+from tpfuse.measure.precedence import decided
+from tpfuse.measure.sharded import ShardedPoint, kernels
 
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PRODUCT_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 HIDDEN = (4096, 5120, 8192)
 SCHEMES = ("none", "fp8_tensor", "fp8_group128")
@@ -31,9 +32,8 @@ SCHEMES = ("none", "fp8_tensor", "fp8_group128")
 
 @dataclass(frozen=True)
 class Job:
-    """points: in order, the token counts of an operator, scheme and width together.  sharded: those at which the form around a
-    sharded residual is compared with the fastest all-reduce.  products: next to a collective.  limit_s: when to begin no further
-    one of any."""
+    """points: in order, the token counts of an operator, scheme and width together.  sharded: of the form around a sharded
+    residual.  products: next to a collective.  limit_s: when to begin no further one of any."""
 
     points: tuple[Point, ...]
     sharded: tuple[ShardedPoint, ...]
@@ -80,11 +80,15 @@ def products_of(
 
 def merged(old: Table | None, machine: str, versions: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
     """A table with the entries of `rows`, and those of an earlier one for what was not measured now, if it was measured on the
-    same machine with the same versions."""
-    new = entries(rows)
-    keys = {key_of(vars(entry)) for entry in new}
+    same machine with the same versions; and with what all of them together say of a layer's form."""
     kept = old.entries if old is not None and old.stale(machine, versions) is None else ()
-    return Table(machine, versions, (*(e for e in kept if key_of(vars(e)) not in keys), *new))
+    all_of_them = _renewed(kept, entries(rows))
+    return Table(machine, versions, _renewed(all_of_them, decided(all_of_them)))
+
+
+def _renewed(old: Sequence[Entry], new: Sequence[Entry]) -> tuple[Entry, ...]:
+    keys = {key_of(vars(entry)) for entry in new}
+    return (*(e for e in old if key_of(vars(e)) not in keys), *new)
 
 
 def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
@@ -94,10 +98,12 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
 
     ranks = Ranks.join(place, job.points, eager=False, flashinfer=bool(job.points))
 
-    def build(point: Point) -> Any:
-        kernels = ranks.built.kernels(point)
-        first = next(iter(kernels))
-        return {first + AGAIN: kernels[first], **kernels, UNFUSED: ranks.built.unfused(point)}
+    def twice(impls: dict[str, Any]) -> dict[str, Any]:
+        first = next(iter(impls))
+        return {first + AGAIN: impls[first], **impls}
+
+    def build(point: Point) -> dict[str, Any]:
+        return {**twice(ranks.built.kernels(point)), UNFUSED: ranks.built.unfused(point)}
 
     def tell(point: Point | GemmPoint, rows: list[dict[str, Any]]) -> None:
         progress(line(rows), 0, 0)
@@ -108,9 +114,8 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     sweep = Sweep(place.world, build, timer.of, ranks.share, job.limit_s, tell)
     rows = complete(sweep.run(job.points), job.points)
     versions = dict(detect("cuda", ranks.group.group_name).versions)
-    fastest = Table(machine("cuda"), versions, tuple(entries(rows)))
-    both = replace(sweep, build=lambda point: forms(ranks.built, point, fastest))
-    rows += relabelled(complete(both.run(job.sharded), job.sharded))
+    around = replace(sweep, build=lambda point: twice(kernels(ranks.built, point)))
+    rows += complete(around.run(job.sharded), job.sharded)
     if job.products:
         built = Gemms(ranks.group, ranks.target, *room(job.products))
 

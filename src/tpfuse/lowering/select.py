@@ -133,10 +133,26 @@ def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> E
     message = op.message(args)
     if not isinstance(message.columns, int):
         return None
-    scheme = args.get("w_scheme", "") if isinstance(op, Chained) else args.get("scheme", "")  # a product's own
-    name = Scheme.parse(scheme).name if scheme else ""
-    found = (table.find(one, message.dtype, target.world, name, message.columns, message.across) for one in _measured_as(op))
-    return next(filter(None, found), None)
+    own = message.dtype, target.world, _scheme(op, args), message.columns, message.across
+    return next(filter(None, (table.find(name, *own) for name in _measured_as(op))), None)
+
+
+def apart(op: Op, args: Mapping[str, Any], world: int, table: Table, limits: Range) -> Decline | None:
+    """Why a product and its collective should stay apart in layers of this width, whatever kernels serve them together."""
+    message = op.message(args)
+    if not isinstance(message.columns, int):
+        return None
+    hidden = message.columns * (2 if message.dtype == torch.uint8 else 1)
+    dtype = getattr(torch, args["out_dtype"]) if "out_dtype" in args else message.dtype
+    size = limits.start * hidden * dtype.itemsize
+    refused = table.refuses("async_tp", dtype, world, size, hidden, _scheme(op, args))
+    return None if refused is None or refused.code == "unmeasured" else refused
+
+
+def _scheme(op: Op, args: Mapping[str, Any]) -> str:
+    """The name of a product's own scheme, or of the operator's; "" for none."""
+    scheme = args.get("w_scheme", "") if isinstance(op, Chained) else args.get("scheme", "")
+    return Scheme.parse(scheme).name if scheme else ""
 
 
 def _measured_as(op: Op) -> Iterable[str]:
@@ -247,4 +263,4 @@ def final_operators(graph: fx.Graph) -> list[str]:
     return [op.name for n in graph.nodes if (op := find(n.target)) is not None]
 
 
-__all__ = ["Need", "Pick", "Targets", "final_operators", "lower", "needs", "pick", "schedule"]
+__all__ = ["Need", "Pick", "Targets", "apart", "final_operators", "lower", "needs", "pick", "schedule"]

@@ -58,6 +58,13 @@ class Entry:
     def choice(self, size: int) -> str:
         return next(choice for end, choice in self.steps if end is None or size <= end)
 
+    def told(self, size: int) -> str:
+        """What was measured at the nearest size, for people; "" where nothing is kept."""
+        nearest = min(self.times, key=lambda of: abs(math.log(of[0] / size)), default=None)
+        if nearest is None:
+            return ""
+        return f"; at {nearest[0]} bytes: " + ", ".join(f"{choice} {us:.1f} µs" for choice, us in nearest[1])
+
     def within(self, low: int, high: int | None) -> list[tuple[int | None, str]]:
         """The steps that sizes of `low` … `high` bytes (None: without end) fall into, the last one ending at `high`."""
         found: list[tuple[int | None, str]] = []
@@ -134,7 +141,8 @@ class Table:
             return Decline("unmeasured", f"no measurement says that {name} pays here: run tpfuse tune, or name the pass")
         if entry.choice(size) == "on":
             return None
-        return Decline("threshold", f"measured slower at {size} bytes ({', '.join(_step(*s) for s in entry.steps)})")
+        told = ", ".join(_step(*s) for s in entry.steps)
+        return Decline("threshold", f"measured slower at {size} bytes ({told}){entry.told(size)}")
 
     def thresholds(self, sites: Iterable[tuple[Any, int, int]], schemes: Iterable[str] | None = None) -> list[int]:
         """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range.

@@ -50,13 +50,6 @@ class Collectives:
             found[kernel.name] = partial(_call, op.launcher(kernel.name), [args[p] for p in op.params], alive_of(point))
         return found
 
-    def launch(self, point: Point, found: select.Pick) -> Callable[[int], Any]:
-        """What lowering picked."""
-        args = self.arguments(point)
-        for _, kernel in found.kernels:
-            self.prepare(kernel.prepare)
-        return partial(_call, point.op.launcher(found.name), [args[p] for p in point.op.params], alive_of(point))
-
     def arguments(self, point: Point) -> dict[str, Any]:
         """The operator's arguments by name, other rows on each rank.  Not to be written to."""
         key = (point.hidden, point.torch_dtype)

@@ -35,7 +35,7 @@ def entries(rows: Iterable[Mapping[str, Any]]) -> list[Entry]:
         times: dict[int, dict[str, float]] = {}
         for row in own:
             times.setdefault(row["tokens"], {})[row["impl"]] = row["us"]
-        again = {tokens: _noise(of) for tokens, of in times.items()}
+        again = {tokens: noise(of) for tokens, of in times.items()}
         choices = {tokens: {k: t for k, t in of.items() if is_choice(k)} for tokens, of in times.items()}
         row_bytes = hidden * getattr(torch, dtype).itemsize
         measured = tuple((n * row_bytes, tuple((k, round(t, 2)) for k, t in of.items())) for n, of in sorted(times.items()))
@@ -54,7 +54,7 @@ def is_choice(impl: str) -> bool:
     return not impl.endswith(AGAIN) and impl != ALONE
 
 
-def _noise(times: Mapping[str, float]) -> float:
+def noise(times: Mapping[str, float]) -> float:
     """By how much two measurements of the same thing differed."""
     for impl, first in times.items():
         if impl.endswith(AGAIN):

@@ -6,7 +6,7 @@ Inductor's add + norm + quantise of all rows, and NCCL's reduce-scatter and all-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +20,8 @@ from tpfuse.lowering import select
 from tpfuse.lowering.table import Table
 from tpfuse.measure.collectives import OWN, UNFUSED, Collectives, impl_of, shapes
 from tpfuse.measure.points import AGAIN, HBM, NVLINK, Point
-from tpfuse.target import Range, Target
+from tpfuse.target import Target
 
-PASS = "sequence_parallel"
 SCATTERED = "nccl_reduce_scatter+inductor+nccl_all_gather"
 
 
@@ -47,7 +46,7 @@ class ShardedPoint(Point):
 
 def implementations(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int], Any]]:
     """tpfuse's kernels, the first one twice, and the peers.  The rows are a multiple of the ranks."""
-    found = _own(built, point)
+    found = {impl_of(name): fn for name, fn in kernels(built, point).items()}
     first = next(iter(found))
     whole = Point(point.scheme, point.hidden, point.tokens, point.dtype)
     peers = built.peers(whole)
@@ -61,8 +60,8 @@ def _rows(built: Collectives, point: Point) -> slice:
     return slice(rank * point.tokens // world, (rank + 1) * point.tokens // world)
 
 
-def _own(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int], Any]]:
-    """tpfuse's kernels, by their names in result files."""
+def kernels(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int], Any]]:
+    """tpfuse's kernels, by their names."""
     args = built.arguments(point)
     given = {**args, "residual": args["residual"][_rows(built, point)].contiguous(), "padded": True, "rows": point.tokens}
     alive = (True, True, False, True) if point.scheme else (True, False, True)
@@ -71,23 +70,8 @@ def _own(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int], A
         if kernel.backend in OWN and kernel.supports(given, built.target) is None:
             built.prepare(kernel.prepare)
             launch = partial(point.op.launcher(kernel.name), *(given[p] for p in point.op.params), alive=alive)
-            found[impl_of(kernel.name)] = partial(_without_index, launch)
+            found[kernel.name] = partial(_without_index, launch)
     return found
-
-
-def forms(built: Collectives, point: ShardedPoint, table: Table) -> dict[str, Callable[[int], Any]]:
-    """What `sequence_parallel` chooses between, at one site: "on", twice, and "off", which is what `table` picks for the
-    all-reduce form."""
-    on = next(iter(_own(built, point).values()))
-    whole = Point(point.scheme, point.hidden, point.tokens, point.dtype)
-    found = select.pick(whole.op, shapes(whole), built.target, "auto", table, Range(point.tokens, point.tokens))
-    off = built.launch(whole, found) if isinstance(found, select.Pick) else built.unfused(whole)
-    return {"on" + AGAIN: on, "on": on, "off": off}
-
-
-def relabelled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `forms` under the name of the pass that they decide on."""
-    return [{**row, "op": PASS} for row in rows]
 
 
 def picked_sharded(point: ShardedPoint, target: Target, table: Table) -> str | None:

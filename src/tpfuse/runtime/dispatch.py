@@ -23,7 +23,7 @@ from tpfuse.ir.collective import world_size
 from tpfuse.ir.op import Args, Op, find, load, registry
 from tpfuse.ir.verify import verify
 from tpfuse.lowering.ranges import plan_ranges
-from tpfuse.lowering.select import Targets, final_operators, lower, needs, pick, schedule
+from tpfuse.lowering.select import Targets, apart, final_operators, lower, needs, pick, schedule
 from tpfuse.report import Decline, Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
@@ -95,8 +95,9 @@ class Dispatcher:
             return [Range(1, UNBOUNDED)]
         if isinstance(self.tokens, int):
             return [Range(self.tokens, self.tokens)]
-        sums = [n for n in self.gm.graph.nodes if n.target is registry["all_reduce"].default]
-        values = [(n.meta["val"], world_size(n.args[1])) for n in sums]
+        summing = [registry[name] for name in ("all_reduce", "reduce_scatter")]
+        sums = [(n, op) for n in self.gm.graph.nodes if (op := find(n.target)) in summing]
+        values = [(n.meta["val"], world_size(op.bind(n.args)["group"])) for n, op in sums]
         quantize = registry["quantize"]
         schemes = {
             Scheme.parse(quantize.bind(n.args, n.kwargs)["scheme"]).name
@@ -219,11 +220,15 @@ class Dispatcher:
         )
 
     def _worth(self, limits: Range) -> Worth:
-        """Products are fused where a kernel would be picked for the whole range, and where the user asks for it by name."""
+        """Products are fused where a kernel would be picked for the whole range and layers were not measured to be slower so,
+        and where the user asks for it by name."""
 
         def worth(op: Op, args: Args) -> Decline | None:
-            found = pick(op, args, self.targets(args["group"]), self.config.kernels, self.table, limits)
-            return found if isinstance(found, Decline) else None
+            target = self.targets(args["group"])
+            found = pick(op, args, target, self.config.kernels, self.table, limits)
+            if isinstance(found, Decline):
+                return found
+            return apart(op, args, target.world, self.table, limits) if self.config.kernels == "auto" else None
 
         return (lambda op, args: None) if self._asked("async_tp", limits) else worth
 
