@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.dist import models as zoo
 from tpfuse.cli import models
 from tpfuse.cli.models import BadInput
 
@@ -158,6 +159,22 @@ def test_widths_that_do_not_divide(copy):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 97}))
     with pytest.raises(BadInput, match=r"97 columns of model.layers.\*.mlp.gate_proj"):
         models.check_ranks(models.read_config(models.locate(str(copy))), 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plan_shares_out_neither_embeddings_nor_gradients(kind, tied):
+    config = zoo.config_of(kind)
+    config.tie_word_embeddings = tied
+    with torch.device("meta"):
+        model = pytest.importorskip("transformers").AutoModelForCausalLM.from_config(config)
+    model.tp_plan = {**model.tp_plan, "model.embed_tokens": "embedding_rowwise"}  # as some releases do of themselves
+    plan = models.plan_of(model)
+    assert plan["model.embed_tokens"] == models.WHOLE
+    assert plan["lm_head"] == (models.WHOLE if tied else "colwise_gather_output")
+    assert plan["model.layers.*.mlp.down_proj"] == "rowwise"
+    if kind == "qwen3":
+        assert plan["model.layers.*.self_attn.q_norm"] == models.WHOLE
 
 
 def test_fingerprints_tell_models_apart(llama, copy):

@@ -22,6 +22,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+WHOLE = "tpfuse_whole"  # the style of what a plan leaves whole on every rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -172,16 +173,20 @@ def _sharded_widths(model: nn.Module, plan: dict[str, str]) -> dict[str, int]:
     return widths
 
 
-def overrides(config: PreTrainedConfig) -> dict[str, str]:
-    """What tpfuse changes in the model's own plan: the embedding stays whole on every rank.
+def plan_of(model: PreTrainedModel) -> dict[str, str]:
+    """The model's own plan, in which embeddings stay whole on every rank and no entry asks for gradients.
 
     A vocabulary-parallel embedding puts the rank's own offsets into the graph, so that no two ranks share a compiled artifact,
-    and does not recompile for one token.  A head that shares the embedding's weight stays whole with it.
+    and does not recompile for one token.  A head that shares the embedding's weight stays whole with it.  Of a norm whose
+    gradient is summed over the ranks some releases of transformers make a module hook, which cannot be traced.
     """
-    plan = {"model.embed_tokens": "replicate"}
-    if config.get_text_config().tie_word_embeddings:
-        plan["lm_head"] = "replicate"
-    return plan
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+    untouched: Any = TensorParallelLayer()  # transformers 5.23 has a style of this class, 5.17 none
+    ALL_PARALLEL_STYLES.register(WHOLE, untouched)
+    own = dict(model.tp_plan)
+    tied = ("lm_head",) if model.config.get_text_config().tie_word_embeddings else ()
+    return {n: WHOLE if n in tied or "embedding" in style or "grad" in style else style for n, style in own.items()}
 
 
 def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -192,7 +197,8 @@ def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> Pre
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
-        plan = overrides(AutoConfig.from_pretrained(folder))
+        with torch.device("meta"):
+            plan = plan_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
         keywords["distributed_config"] = DistributedConfig(tp_size=tp, tp_plan=plan)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval().requires_grad_(False)
     localise(model)
@@ -208,11 +214,12 @@ def build(config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> PreTrainedMo
     untied.tie_word_embeddings = untied.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(untied, dtype=dtype).eval().requires_grad_(False)
+        plan = plan_of(AutoModelForCausalLM.from_config(config))
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
-        wanted = DistributedConfig(tp_size=tp, tp_plan=overrides(config))
-        wanted, _, mesh = model.prepare_distribute_model(wanted)
+        os.environ.setdefault("LOCAL_RANK", "0")  # transformers 5.17 reads it where there is a GPU
+        wanted, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=tp, tp_plan=plan))
         model = model.maybe_distribute_model(model, wanted, mesh)
         localise(model)
     return model
