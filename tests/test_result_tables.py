@@ -63,6 +63,30 @@ def test_the_details():
     assert "| 8 | 5.0 | two_shot | 6.0 | flashinfer_one_shot_pdl | 1.20× | 40% |" in text
 
 
+def test_products_stand_beside_the_product_alone():
+    where = {"op": "matmul_reduce_scatter", "intermediate": 14336}
+    times = {"gemm_alone": 100.0, "nccl+cublas": 130.0, "torch_fused": 120.0, "tpfuse:chunked": 105.0, "gemm_alone (A/A)": 104.0}
+    file = {**document(*(row(impl, us, 512, **where) for impl, us in times.items())), "what": "gemm"}
+    (point,) = tables.points(file)
+    assert (point.alone_us, point.peer, point.peer_us) == (102.0, "torch_fused", 120.0)
+    assert point.noise == pytest.approx(0.04)
+    text = tables.details({"file.json": file})
+    assert "| tpfuse (µs) | by | best peer (µs) | which | speed-up | limit reached | ÷ GEMM alone | A/A |" in text
+    assert "| 105.0 | chunked | 120.0 | torch_fused | 1.14× | 2% | 1.029 | 4.0% |" in text
+    assert "| matmul_reduce_scatter | – | 1 | 1.14× | 1.14× | 1.14× | none | 1.029 |" in tables.summary({"file.json": file})
+
+
+def test_every_plot_of_a_file_stands_below_its_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    rows = [row("nccl", 1.0, op=op) for op in ("all_gather_matmul", "all_gather_scaled_matmul", "scaled_matmul_reduce_scatter")]
+    for name in ("gemm-all_gather_matmul", "gemm-matmul_reduce_scatter", "other"):
+        (tmp_path / "results" / f"{name}.svg").touch()
+    found = tables.figures("gemm.json", {**document(*rows), "what": "gemm"})
+    assert found == [f"![gemm](results/gemm-{op}.svg)" for op in ("all_gather_matmul", "matmul_reduce_scatter")]
+
+
 def test_files_that_nothing_may_be_quoted_from_are_left_out(tmp_path):
     import json
 

@@ -20,15 +20,17 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCKS = {"README.md": "summary", "docs/performance.md": "points"}
-WHAT = {"collectives", "local_kernels", "e2e", "gemm", "gemm_collectives"}  # what has peers at their best beside it
-BOUNDS = ("empty_kernel", "gemm_alone", "no_collective")  # no implementation of the operator
+WHAT = {"collectives", "local_kernels", "e2e", "gemm"}  # what has peers at their best beside it
+ALONE = "gemm_alone"
+BOUNDS = ("empty_kernel", ALONE, "no_collective")  # no implementation of the operator
 MEASURED = ("impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error", "operators")
 AGAIN = " (A/A)"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One operator at one size.  where: its scheme, sizes and the like.  noise: by how much a repetition differed, as a share."""
+    """One operator at one size.  where: its scheme, sizes and the like.  noise: by how much a repetition differed, as a share.
+    alone_us: the product without its collective, of a product next to one."""
 
     op: str
     where: dict[str, Any]
@@ -39,6 +41,7 @@ class Point:
     limit_us: float | None
     noise: float
     picked: bool
+    alone_us: float | None = None
 
     @property
     def speedup(self) -> float:
@@ -49,15 +52,15 @@ def points(document: Mapping[str, Any]) -> list[Point]:
     """The points of a result file that tpfuse and a peer were both measured at."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in document["rows"]:
-        if row["impl"].removesuffix(AGAIN) not in BOUNDS:
-            groups.setdefault(json.dumps({k: v for k, v in row.items() if k not in MEASURED}), []).append(row)
+        groups.setdefault(json.dumps({k: v for k, v in row.items() if k not in MEASURED}), []).append(row)
     found = []
     for key, rows in groups.items():
         where = json.loads(key)
         times = {row["impl"]: row["us"] for row in rows}
         again = [abs(us / times[impl.removesuffix(AGAIN)] - 1) for impl, us in times.items() if impl.endswith(AGAIN)]
         own = [row for row in rows if row["impl"].startswith("tpfuse") and not row["impl"].endswith(AGAIN)]
-        peers = [row for row in rows if not row["impl"].startswith("tpfuse") and not row["impl"].endswith(AGAIN)]
+        peers = [row for row in rows if not row["impl"].startswith(("tpfuse", *BOUNDS)) and not row["impl"].endswith(AGAIN)]
+        alone = [row["us"] for row in rows if row["impl"].removesuffix(AGAIN) == ALONE]
         marked = [row for row in rows if row.get("picked")]
         if not (own or marked) or not peers:
             continue
@@ -65,7 +68,7 @@ def points(document: Mapping[str, Any]) -> list[Point]:
         peer = min(peers, key=lambda row: row["us"])
         found.append(
             Point(where.pop("op"), where, ours["impl"], ours["us"], peer["impl"], peer["us"], ours.get("limit_us"),
-                  max(again, default=0.0), bool(marked))
+                  max(again, default=0.0), bool(marked), sum(alone) / len(alone) if alone else None)
         )  # fmt: skip
     return found
 
@@ -110,23 +113,36 @@ def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
             parts.append(room(name, document))
             continue
         found = points(document)
+        of_products = any(p.alone_us for p in found)
         lines = [
-            "| operator | scheme | points | speed-up over the best peer: geometric mean | least | most | slower than it |",
-            "|---|---|---|---|---|---|---|",
+            "| operator | scheme | points | speed-up over the best peer: geometric mean | least | most | slower than it |"
+            + " ÷ GEMM alone: geometric mean |" * of_products,
+            "|---|---|---|---|---|---|---|" + "---|" * of_products,
         ]
         for (op, scheme), own in _grouped(found).items():
             speedups = [p.speedup for p in own]
             slower = sum(p.speedup * (1 + p.noise) < 1 for p in own)
-            mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
+            costs = [p.us / p.alone_us for p in own if p.alone_us]
             lines.append(
-                f"| {op} | {scheme or '–'} | {len(own)} | {mean:.2f}× | {min(speedups):.2f}× | {max(speedups):.2f}× "
-                f"| {slower or 'none'} |"
+                f"| {op} | {scheme or '–'} | {len(own)} | {_mean(speedups):.2f}× | {min(speedups):.2f}× | {max(speedups):.2f}× "
+                f"| {slower or 'none'} |" + (f" {_mean(costs):.3f} |" if costs else "")
             )
-        plot = f"\n\n![{document['what']}]({RESULTS.relative_to(ROOT)}/{name.removesuffix('.json')}.svg)"
-        has_plot = (RESULTS / name).with_suffix(".svg").exists()
-        parts.append("\n".join([heading(name, document, found), "", *lines]) + (plot if has_plot else ""))
+        parts.append("\n\n".join(["\n".join([heading(name, document, found), "", *lines]), *figures(name, document)]))
     told = '"Slower" counts points beyond the run\'s own A/A difference.  All points: [docs/performance.md](docs/performance.md).'
     return "\n\n".join([*parts, told]) if parts else "No result with its peers has been recorded yet."
+
+
+def figures(name: str, document: Mapping[str, Any]) -> list[str]:
+    """The plots beside a result file, one for all of it or one for each operator."""
+    stem = name.removesuffix(".json")
+    families = dict.fromkeys(row["op"].replace("scaled_", "").removesuffix("_quantize") for row in document["rows"])
+    paths = [RESULTS / f"{stem}{end}.svg" for end in ("", *(f"-{family}" for family in families))]
+    return [f"![{document['what']}]({path.relative_to(ROOT)})" for path in paths if path.exists()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
@@ -140,15 +156,15 @@ def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
         columns = [k for k in sizes if k != "scheme"]
         lines = [heading(name, document, found)]
         for (op, scheme), own in _grouped(found).items():
-            lines += [
-                "", f"### {op}{f', {scheme}' if scheme else ''}", "",
-                "| " + " | ".join([*columns, "tpfuse (µs)", "by", "best peer (µs)", "which", "speed-up", "limit reached"]) + " |",
-                "|" + "---|" * (len(columns) + 6),
-            ]  # fmt: skip
+            heads = [*columns, "tpfuse (µs)", "by", "best peer (µs)", "which", "speed-up", "limit reached"]
+            heads += ["÷ GEMM alone", "A/A"] if own[0].alone_us else []
+            title = f"### {op}{f', {scheme}' if scheme else ''}"
+            lines += ["", title, "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
             for p in own:
                 reached = f"{p.limit_us / p.us:.0%}" if p.limit_us else "–"
                 cells = [*(str(p.where.get(k, "")) for k in columns), f"{p.us:.1f}", p.ours.removeprefix("tpfuse:"),
                          f"{p.peer_us:.1f}", p.peer, f"{p.speedup:.2f}×", reached]  # fmt: skip
+                cells += [f"{p.us / p.alone_us:.3f}", f"{p.noise:.1%}"] if p.alone_us else []
                 lines.append("| " + " | ".join(cells) + " |")
         parts.append("\n".join([f"## {document['what']}", "", *lines]))
     return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."

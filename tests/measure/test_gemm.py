@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tpfuse.cli.models import BadInput
 from tpfuse.formats.layouts import remove_layout
 from tpfuse.ir import overlap
 from tpfuse.ir.norm import add_rms_norm
-from tpfuse.ir.op import Message, load
+from tpfuse.ir.op import Message, Op, load
 from tpfuse.lowering import select
 from tpfuse.lowering.table import BUILT_IN, Entry, Table
 from tpfuse.measure import gemm, results
@@ -24,6 +25,13 @@ from tpfuse.target import Range, Target
 H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
 RS, AG, NORM = gemm.SCATTER, gemm.GATHER, gemm.WITH_NORM
 SCHEMES = ("", "fp8_tensor", "fp8_token", "fp8_group128", "nvfp4")
+
+
+class FakeGroup:
+    group_name = "g"
+
+    def rank(self) -> int:
+        return 0
 
 
 def point(operator: str = RS, scheme: str = "", tokens: int = 512) -> GemmPoint:
@@ -122,19 +130,13 @@ def test_what_is_measured_unfused_is_the_fastest_product_and_a_norm(monkeypatch:
 
     monkeypatch.setattr(gemm, "load", norm_for)
 
-    class Group:
-        group_name = "g"
-
-        def rank(self) -> int:
-            return 0
-
     calls = []
 
     def launcher(name: str) -> Any:
         calls.append(name)
         return lambda x, weight, bias, padded, group, *, alive: 2 * (x @ weight)[:16]
 
-    built: Any = gemm.Gemms(Group(), Target("cpu"), 64, 256, "cpu")  # type: ignore[arg-type]
+    built: Any = gemm.Gemms(FakeGroup(), Target("cpu"), 64, 256, "cpu")  # type: ignore[arg-type]
     small = GemmPoint(NORM, "", 256, 512, 32, 2)
     product = GemmPoint(RS, "", 256, 512, 32, 2)
     monkeypatch.setattr(product.op, "launcher", launcher)
@@ -188,13 +190,7 @@ def test_operands_stand_for_what_was_quantised(operator: str, scheme: str):
 def test_the_product_alone_is_of_all_rows(operator: str):
     small = GemmPoint(operator, "", 256, 512, 32, 2)
 
-    class Group:
-        group_name = "g"
-
-        def rank(self) -> int:
-            return 0
-
-    built: Any = gemm.Gemms(Group(), H100, 64, 256, "cpu")  # type: ignore[arg-type]
+    built: Any = gemm.Gemms(FakeGroup(), H100, 64, 256, "cpu")  # type: ignore[arg-type]
     out = built.alone(small)(0)
     args = built.operands(small)
     torch.testing.assert_close(out, args["x"][:32] @ args["weight"])
@@ -222,11 +218,39 @@ def test_the_table_shows_what_a_collective_costs(capsys):
     assert "1.040" in line and "1.25×" in line and "1.04" in line and "a note" in out
 
 
+def test_a_plot_for_each_operator(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from tpfuse.cli.plots import save
+
+    times = {ALONE: [100.0], "nccl+cublas": [130.0], "tpfuse:chunked": [104.0], ALONE + AGAIN: [100.0]}
+    rows = [row for operator in (RS, NORM) for scheme in ("", "fp8_tensor") for n in (512, 1024)
+            for row in point(operator, scheme, n).rows(times, 2, None)]  # fmt: skip
+    document = {**results.document("gemm", rows, world=2), "machine": {"gpu": "H100", "count": 2}}
+    files = save(document, tmp_path / "gemm.svg")
+    assert [f.name for f in files] == [f"gemm-{op}{end}" for op in (RS, NORM) for end in (".png", ".svg")]
+    text = files[1].read_text()
+    assert "time ÷ product alone" in text.replace("<!-- ", "").replace(" -->", "") and len(text) > 10_000
+
+
+def test_peers_in_front_of_a_norm_have_one_of_their_own(monkeypatch: pytest.MonkeyPatch):
+    built: Any = gemm.Gemms(FakeGroup(), H100, 64, 256, "cpu")  # type: ignore[arg-type]
+    made = []
+    monkeypatch.setattr(built, "prepare", lambda path: None)
+    monkeypatch.setattr(built, "unfused", lambda point, product, kernel: made.append((product.op.name, kernel)) or kernel)
+    monkeypatch.setattr(Op, "launcher", lambda self, name: print)
+    small = GemmPoint(NORM, "fp8_token", 256, 512, 32, 2)
+    assert list(built.named(small)) == [
+        ALONE, "tpfuse:plain", "tpfuse:chunked", gemm.NCCL, gemm.TORCH, ALONE + AGAIN,
+    ]  # fmt: skip
+    assert made == [("scaled_matmul_reduce_scatter", "nccl"), ("scaled_matmul_reduce_scatter", "torch:fused")]
+    assert not {gemm.NCCL, gemm.TORCH} & set(built.kernels(small))
+
+
 def test_tables_of_the_documents_take_such_rows():
     from tools import tables
 
     times = {ALONE: [100.0], "nccl+cublas": [130.0], "tpfuse:chunked": [104.0], ALONE + AGAIN: [100.0]}
-    (found,) = tables.points({"rows": point().rows(times, 2, None)})
+    (found,) = tables.points({"what": "gemm", "rows": point().rows(times, 2, None)})
     assert (found.ours, found.peer, found.where["intermediate"]) == ("tpfuse:chunked", "nccl+cublas", 14336)
 
 

@@ -157,18 +157,18 @@ class Gemms:
             found[kernel.name] = partial(_without_index, launch)
         product = replace(point, operator=SCATTER)
         if point.operator == WITH_NORM and product in self.fastest:
-            found[UNFUSED] = self.unfused(point, product)
+            found[UNFUSED] = self.unfused(point, product, self.fastest[product])
         return {**found, ALONE + AGAIN: found[ALONE]}
 
-    def unfused(self, point: GemmPoint, product: GemmPoint) -> Callable[[int], Any]:
-        """The fastest product of scattered rows, then the norm (and quantise) of own rows by a kernel of its own."""
+    def unfused(self, point: GemmPoint, product: GemmPoint, kernel: str) -> Callable[[int], Any]:
+        """A kernel of the product of scattered rows, then the norm (and quantise) of own rows by a kernel of its own."""
         given, then = self.arguments(product), self.arguments(point)
-        kernel = product.op.launcher(self.fastest[product])
+        launch = product.op.launcher(kernel)
         name = "add_rms_norm_quantize" if point.scheme else "add_rms_norm"
         norm = load(f"tpfuse.kernels.norm_quant:{name}")
 
         def call(i: int) -> Any:
-            then["x"] = kernel(*(given[p] for p in product.op.params), alive=(True,))
+            then["x"] = launch(*(given[p] for p in product.op.params), alive=(True,))
             return norm(*(then[p] for p in registry[name].params), alive=point.alive)
 
         return call
@@ -178,8 +178,16 @@ class Gemms:
         self.fastest[point] = min((r["us"], r["impl"]) for r in rows if not r["impl"].startswith(ALONE))[1]
 
     def named(self, point: GemmPoint) -> dict[str, Callable[[int], Any]]:
-        """The same by the names of result files."""
-        return {impl_of(name): fn for name, fn in self.kernels(point).items()}
+        """The same by the names of result files; peers in front of a norm have a kernel of its own behind them."""
+        *own, again = ((impl_of(name), fn) for name, fn in self.kernels(point).items())
+        peers = {}
+        if point.operator == WITH_NORM:
+            product = replace(point, operator=SCATTER)
+            for kernel in usable(product, self.arguments(product), self.target):
+                if kernel.name in PEERS:
+                    self.prepare(kernel.prepare)
+                    peers[PEERS[kernel.name]] = self.unfused(point, product, kernel.name)
+        return dict([*own, *peers.items(), again])
 
     def alone(self, point: GemmPoint) -> Callable[[int], Any]:
         """The product of all rows, without a collective."""
