@@ -13,7 +13,7 @@ from tpfuse.formats.layouts import apply_layout, gather_scales, groups_of, remov
 from tpfuse.ir import collective, overlap
 from tpfuse.ir.chained import Chained
 from tpfuse.ir.matmul import scaled_matmul, scaled_sample
-from tpfuse.kernels import operands, product_gather, product_scatter
+from tpfuse.kernels import operands, product_gather, product_scatter, products
 from tpfuse.kernels.cuda_sharded import ShardCall
 from tpfuse.kernels.operands import Product, Rows, plain
 from tpfuse.kernels.plan import REGION_BYTES, REGION_HEAD, RegionLayout, share_of, turns
@@ -231,3 +231,14 @@ def test_what_follows_a_product_is_its_call(monkeypatch: Any, op: Chained) -> No
     outputs = call.shard_outputs(1)
     results = (outputs.q, outputs.scales, outputs.own_norm, outputs.reduced)[-op.results :]
     assert [(r.shape, r.dtype) for r in results] == [(r.shape, r.dtype) for r in op.then.fake(*op.after(args).values())]
+
+
+@pytest.mark.parametrize(("k", "n", "copied"), [(1024, 256, False), (512, 384, False), (640, 256, True)])
+def test_scales_of_blocks_are_read_where_they_lie(k: int, n: int, copied: bool) -> None:
+    """As checkpoints store them, of a multiple of 512 columns; what is copied holds them, and zeros."""
+    stored = torch.arange(1.0, 1 + (n // 128) * (k // 128)).view(n // 128, k // 128)
+    for scale in (stored.t(), stored.t().contiguous()):
+        got = products._by_columns(scale, k)
+        assert got.stride() == (1, -(-k // 512) * 4) and got.shape[1] == n // 128
+        assert torch.equal(got[: k // 128], stored.t()) and not got[k // 128 :].any()
+        assert (got.data_ptr() != scale.data_ptr()) == (copied or scale.is_contiguous())

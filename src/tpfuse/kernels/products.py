@@ -70,13 +70,22 @@ def _blocks_of_128(out: Tensor, x: Tensor, weight: Weight, x_scale: Tensor, how:
     if x_scale.stride() != (1, rows):
         x_scale = x_scale.t().contiguous().t()
     square = weight.scale.shape[1] != n
-    scale = weight.scale
-    if square:  # by columns of a multiple of four
-        scale = scale.new_zeros(n // 128, -(-k // 512) * 4).t()
-        scale[: k // 128] = weight.scale
-    else:
-        scale = scale.contiguous().t()
+    scale = _by_columns(weight.scale, k) if square else weight.scale.contiguous().t()
     return shim.multiply_in_blocks(x, weight.values, x_scale, scale, square, how.fast_accum, out)
+
+
+def _by_columns(scale: Tensor, k: int) -> Tensor:
+    """Scales of 128 × 128 blocks, [k / 128, n / 128], as cuBLAS reads them: by columns of a multiple of four.
+
+    Those stored as [n / 128, k / 128] are, for k a multiple of 512.  Others are copied at each call: they may be written to in
+    between, and a captured graph must see that.
+    """
+    column = -(-k // 512) * 4
+    if scale.stride() == (1, column) and scale.shape[0] == column:
+        return scale
+    padded = scale.new_zeros(scale.shape[1], column).t()
+    padded[: k // 128] = scale
+    return padded
 
 
 def scaled_matmul(
