@@ -87,7 +87,7 @@ def gathered(rows: Rows, whole: Callable[[Tensor], Tensor]) -> Rows:
 
 
 def _in_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 of the weight [n, k], and FP32 scales of its transpose's blocks, [k / 128, ⌈n / 128⌉], by columns as they are stored."""
+    """e4m3 of the weight [n, k], and FP32 scales of its transpose's blocks, [k / 128, ⌈n / 128⌉], stored by columns."""
     n, k = weight.shape
     padded = F.pad(weight, (0, 0, 0, -n % BLOCK)).float().view(-1, BLOCK, k // BLOCK, BLOCK)
     scales = padded.abs().amax((1, 3)) / MOST
