@@ -110,7 +110,7 @@ def test_token_counts_that_only_one_form_was_measured_at_are_left_out():
     assert ASYNC_TP in found(layer({1024: 50.0}, AROUND_US, SCATTER_US, GATHER_US))
 
 
-def test_other_ranks_widths_dtypes_and_schemes_do_not_mix():
+def test_other_ranks_widths_dtypes_schemes_do_not_mix():
     given = layer(WHOLE_US, AROUND_US)
     for where in ({"world": 4}, {"hidden": 8192}, {"dtype": "float16"}, {"scheme": "fp8_tensor"}):
         given += layer({}, {n: 1.0 for n in AROUND_US}, SCATTER_US, GATHER_US, **where)
