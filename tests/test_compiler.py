@@ -45,6 +45,22 @@ def test_compile_all_and_single_sizes():
     assert close(compiled(x), model(x))
 
 
+def test_workspaces_are_prepared_of_real_tensors(monkeypatch):
+    """Also inside AOTAutograd, whose fake mode is on."""
+    from tpfuse.lowering.select import Need
+    from tpfuse.runtime import dispatch
+
+    made = []
+    monkeypatch.setattr(dispatch, "needs", lambda graph: {("a:prepare", "g"): Need(32, {torch.float32})})
+    monkeypatch.setattr(dispatch, "load", lambda path: lambda *args: made.append((torch.zeros(4).data_ptr() != 0, *args)))
+    tpfuse.compile(Stack(), dynamic=True)(torch.randn(9, 32))
+    dispatcher = max(dispatch._dispatchers, key=lambda d: d.number)
+    dispatcher.compiled = {limits: [] for limits in dispatcher.ranges}
+    with next(p.fake_mode for p in dispatcher.placeholders if isinstance(p, torch.Tensor)):
+        dispatcher.warm_as_traced()
+    assert made == [(True, "g", 9, 32, [torch.float32])] * 2
+
+
 def test_more_tokens_than_promised():
     compiled = tpfuse.compile(Stack(), {"max_tokens": 16}, dynamic=True)
     compiled(torch.randn(16, 32))

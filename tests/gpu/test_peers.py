@@ -25,6 +25,7 @@ def served(rank: int, world: int, name: str) -> int:
     from tpfuse.ir import fused
     from tpfuse.ir.op import load
     from tpfuse.kernels.calls import Outputs
+    from tpfuse.lowering import select as _registered  # noqa: F401, the kernels
     from tpfuse.runtime.detect import detect
 
     torch.cuda.set_device(rank)

@@ -12,6 +12,7 @@ import torch
 from tpfuse import shim
 
 FOLDER = Path(__file__).parent / "cuda"
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
@@ -29,8 +30,8 @@ class _LaunchConfig(ctypes.Structure):
 class Function:
     """A kernel whose one parameter is a struct."""
 
-    def __init__(self, handle: ctypes.c_void_p) -> None:
-        self._handle = handle
+    def __init__(self, handle: ctypes.c_void_p, device: int) -> None:
+        self._handle, self._device = handle, device
 
     def __call__(self, grid: int, block: int, early: bool, arguments: ctypes.Structure) -> None:
         """Launch `grid` blocks of `block` threads on the current stream.
@@ -42,7 +43,12 @@ class Function:
         stream = torch.cuda.current_stream().cuda_stream
         config = _LaunchConfig((grid, 1, 1), (block, 1, 1), 0, stream, ctypes.pointer(attribute), int(early))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        _check(shim.cuda_library().cuLaunchKernelEx(ctypes.byref(config), self._handle, parameters, None))
+        launch = shim.cuda_library().cuLaunchKernelEx
+        result = launch(ctypes.byref(config), self._handle, parameters, None)
+        if result == _INVALID_CONTEXT:
+            _enter(self._device)
+            result = launch(ctypes.byref(config), self._handle, parameters, None)
+        _check(result)
 
 
 @functools.cache
@@ -55,9 +61,17 @@ def compiled(sources: tuple[str, ...], name: str, flags: frozenset[tuple[str, st
     image = shim.nvrtc(source_text(sources), name, f"{major}{minor}{'a' if major == 9 else ''}", defines(dict(flags)))
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     library = shim.cuda_library()
+    _enter(device)
     _check(library.cuModuleLoadData(ctypes.byref(module), image))
     _check(library.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()))
-    return Function(handle)
+    return Function(handle, device)
+
+
+def _enter(device: int) -> None:
+    """Make torch's context current in a thread in which torch has not called CUDA yet."""
+    library, context = shim.cuda_library(), ctypes.c_void_p()
+    _check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+    _check(library.cuCtxSetCurrent(context))
 
 
 def source_text(sources: tuple[str, ...]) -> str:

@@ -42,7 +42,7 @@ def multiply(out: Tensor, x: Tensor, weight: Weight, x_scale: Tensor | None = No
     if not len(x):
         return out
     if how.scheme in ("fp8_tensor", "fp8_token"):
-        scales = (x_scale, weight.scale)
+        scales = (_aligned(x_scale), weight.scale)
         return torch.ops.aten._scaled_mm.out(
             x, weight.values, *scales, weight.bias, weight.result_scale, out.dtype, how.fast_accum, out=out
         )
@@ -53,6 +53,11 @@ def multiply(out: Tensor, x: Tensor, weight: Weight, x_scale: Tensor | None = No
     return scaled_product(
         out, x, weight.values, x_scale, weight.scale, weight.bias, weight.alpha, how.scheme, how.layout, how.weight_layout
     )
+
+
+def _aligned(scales: Tensor) -> Tensor:
+    """A copy where they begin within a vector, as those of some rows do: cuBLAS refuses them."""
+    return scales if scales.data_ptr() % 16 == 0 else scales.clone()
 
 
 def _in_blocks(x: Tensor, weight: Weight, how: Quantised) -> bool:

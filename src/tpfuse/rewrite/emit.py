@@ -9,7 +9,7 @@ from torch import fx
 
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same_shape, same_strides
-from tpfuse.shim import detect_fake_mode, needs_exact_strides
+from tpfuse.shim import detect_fake_mode, enable_python_dispatcher, needs_exact_strides
 
 DECLINE = "tpfuse_decline"  # metadata of a node that was not raised: the Decline that says why
 COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten", "tpfuse_order")
@@ -41,7 +41,7 @@ def emit(
     if mode is None:
         raise ValueError(f"no fake values around {like}: tpfuse rewrites graphs that AOTAutograd traced")
     named = fake(kwargs)
-    with mode:
+    with mode, enable_python_dispatcher():  # as AOTAutograd traces: not every operator's own fake works elsewhere
         node.meta["val"] = target(*fakes, **named)
     if needs_exact_strides(target):  # without these, Inductor lets the inputs lie in memory as it likes
         node.meta["eager_input_vals"] = (fakes, named)

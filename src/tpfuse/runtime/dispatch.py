@@ -155,8 +155,9 @@ class Dispatcher:
             plan = [*self.config.lines(), f"table {self.table.digest}", f"ranges {[str(r) for r in self.ranges]}"]
             plan += [f"torch {torch.__version__}", *plans.get(group, [])]
             agreement.agree(groups[group], plan, self.config.timeout)
-        for (prepare, group), need in needs(graph).items():
-            load(prepare)(group, self._most_tokens(limits, values), need.hidden, sorted(need.dtypes, key=str))
+        with shim.real_tensors():  # sizes that never change are compiled for while AOTAutograd's fake mode is on
+            for (prepare, group), need in needs(graph).items():
+                load(prepare)(group, self._most_tokens(limits, values), need.hidden, sorted(need.dtypes, key=str))
         self.report.add(result)
         log.info("graph %d, tokens %s: compiled in %.1f s", self.number, limits, time.perf_counter() - start)
         for event in result.events:
