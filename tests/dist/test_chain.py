@@ -114,17 +114,23 @@ def test_inductor(ranks, scheme):
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_a_table_decides(ranks, tmp_path):
-    """Thresholds in bytes cut the ranges (4 KiB are 32 tokens of 64 in bf16) and say which form each takes."""
-    entry = Entry("sequence_parallel", "bfloat16", 2, ((4096, "off"), (None, "on")))
-    Table("cpu", {}, (entry,)).save(tmp_path / "table.json")
-    results = ranks.run(run, "plain", torch.bfloat16, 64, 0, {"table": str(tmp_path / "table.json")}, (24, 129), timeout=PATIENCE)
+@pytest.mark.parametrize("scheme", ["plain", "fp8_token"])
+def test_a_table_decides(ranks, scheme, tmp_path):
+    """Thresholds in bytes cut the ranges (4 KiB are 32 tokens of 64 in bf16) and say which form each takes: all-reduces, own rows
+    between, products with their collectives."""
+    name = "" if scheme == "plain" else scheme
+    forms = [Entry("sequence_parallel", "bfloat16", 2, ((4096, "off"), (None, "on")), name),
+             Entry("async_tp", "bfloat16", 2, ((12288, "off"), (None, "on")), name)]  # fmt: skip
+    Table("cpu", {}, tuple(forms)).save(tmp_path / "table.json")
+    results = ranks.run(run, scheme, torch.bfloat16, 64, 0, {"table": str(tmp_path / "table.json")}, (24, 77, 129), timeout=PATIENCE)
     right(results)
     _, ops, fired = results[0]
-    small, large = sorted(ops)
-    assert (small, large[0]) == ((1, 32), 33)
-    all_reduce_and_norm(ops[small], "plain")
-    sequence_parallel(ops[large], fired[large], "plain", 0)
+    small, middle, large = sorted(ops)
+    assert (small, middle, large[0]) == ((1, 32), (33, 96), 97)
+    all_reduce_and_norm(ops[small], scheme)
+    assert not [op for op in ops[middle] if "matmul_" in op or "_matmul" in op or op.startswith("all_reduce")], ops[middle]
+    assert sum("reduce_scatter" in op for op in ops[middle]) == 4
+    sequence_parallel(ops[large], fired[large], scheme, 0)
 
 
 @pytest.mark.parametrize("ranks", [2], indirect=True)

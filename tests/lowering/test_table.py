@@ -120,3 +120,19 @@ def test_a_scheme_that_the_graph_does_not_hold_cuts_no_range():
     site = [(torch.bfloat16, 2, 4096)]
     assert Table("", {}, (SP, fp8)).thresholds(site, {""}) == [128]
     assert Table("", {}, (SP, fp8)).thresholds(site, {"", "fp8_tensor"}) == Table("", {}, (SP, fp8)).thresholds(site) == [64, 128]
+
+
+def test_a_width_that_was_a_symbol_is_looked_up_as_the_number_it_is():
+    """Weights that are a graph's inputs have symbols, which products with other sizes pin down."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, SymInt
+
+    from tpfuse.ir.op import Message
+
+    env = ShapeEnv()
+    width, free = (env.create_unbacked_symint() for _ in range(2))
+    torch._check(width == 64)
+    assert isinstance(width, SymInt)
+    found = Message(free, width, torch.bfloat16, across=width).fixed
+    assert found is not None and type(found.columns) is int and found == Message(free, 64, torch.bfloat16, across=64)
+    assert Message(free, free, torch.bfloat16).fixed is None
+    assert Message(free, 64, torch.bfloat16, across=free).fixed == Message(free, 64, torch.bfloat16)

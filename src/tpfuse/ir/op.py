@@ -9,11 +9,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.proxy import GraphAppendingTracer
 
 from tpfuse import shim
@@ -70,6 +71,15 @@ class Message:
     @property
     def row_bytes(self) -> Any:
         return self.columns * self.dtype.itemsize
+
+    @property
+    def fixed(self) -> Message | None:
+        """The same with ints where a graph only ever has one size (a symbol that was found to be a number); None where the width
+        of the rows is no number."""
+        if not is_concrete_int(self.columns):
+            return None
+        across = int(self.across) if self.across is not None and is_concrete_int(self.across) else None
+        return replace(self, columns=int(self.columns), across=across)
 
 
 class BodyTracer(GraphAppendingTracer):

@@ -110,7 +110,7 @@ def pick(
     entry = measured(op, args, target, table)
     why = "no measurement" if preference == "auto" else f"kernels={preference}"
     if entry is not None:
-        row = op.message(args).row_bytes
+        row = int(op.message(args).row_bytes)
         low, high = limits.start * row, None if limits.end == UNBOUNDED else limits.end * row
         choice = choose(entry, low, high, lambda kernel: kernel in usable and reasons[kernel] is None)
         if choice.steps:
@@ -130,8 +130,8 @@ def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> E
     """What the table says of an operator; None where nothing was measured."""
     if not isinstance(args[op.row_args[0]], torch.Tensor):
         return None
-    message = op.message(args)
-    if not isinstance(message.columns, int):
+    message = op.message(args).fixed
+    if message is None:
         return None
     own = message.dtype, target.world, _scheme(op, args), message.columns, message.across
     return next(filter(None, (table.find(name, *own) for name in _measured_as(op))), None)
@@ -139,8 +139,8 @@ def measured(op: Op, args: Mapping[str, Any], target: Target, table: Table) -> E
 
 def apart(op: Op, args: Mapping[str, Any], world: int, table: Table, limits: Range) -> Decline | None:
     """Why a product and its collective should stay apart in layers of this width, whatever kernels serve them together."""
-    message = op.message(args)
-    if not isinstance(message.columns, int):
+    message = op.message(args).fixed
+    if message is None:
         return None
     hidden = message.columns * (2 if message.dtype == torch.uint8 else 1)
     dtype = getattr(torch, args["out_dtype"]) if "out_dtype" in args else message.dtype
