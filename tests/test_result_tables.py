@@ -57,6 +57,18 @@ def test_the_summary():
     assert "tpfuse's fastest at each point, not what lowering picks" in tables.summary({"file.json": slow})
 
 
+def test_a_layer_is_listed_by_kernel():
+    kernels = [
+        {"scheme": "", "impl": "nccl+inductor", "kernel": "nvjet", "kind": "product", "count": 4.0, "us": 100.4},
+        {"scheme": "", "impl": "tpfuse", "kernel": "nvjet", "kind": "product", "count": 8.0, "us": 104.0},
+        {"scheme": "", "impl": "nccl+inductor", "kernel": "ncclAllReduce", "kind": "NCCL", "count": 2.0, "us": 50.0},
+    ]
+    text = tables.layers([("file.json", document(*kernels))])
+    assert "| scheme | kernel | whose | nccl+inductor | tpfuse |" in text
+    assert "| – | `nvjet` | product | 4 in 100 µs | 8 in 104 µs |" in text
+    assert "| – | `ncclAllReduce` | NCCL | 2 in 50 µs | – |" in text
+
+
 def test_the_details():
     text = tables.details({"file.json": FILE})
     assert "| tokens | tpfuse (µs) | by | best peer (µs) | which | speed-up | limit reached |" in text

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/performance.md from the result files under benchmarks/results.
+"""Write the tables of README.md, docs/performance.md and docs/kernels.md from the result files under benchmarks/results.
 
     python tools/tables.py            # write them
     python tools/tables.py --check    # exit 1 where they are not up to date
@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCKS = {"README.md": "summary", "docs/performance.md": "points"}
+BLOCKS = {"README.md": "summary", "docs/performance.md": "points", "docs/kernels.md": "layers"}
 WHAT = {"collectives", "local_kernels", "e2e", "gemm"}  # what has peers at their best beside it
 ALONE = "gemm_alone"
 BOUNDS = ("empty_kernel", ALONE, "no_collective")  # no implementation of the operator
@@ -170,6 +170,26 @@ def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
 
 
+def layers(documents: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """What one layer launches, plain and fused: a line for each kernel."""
+    parts = []
+    for name, document in documents:
+        impls = list(dict.fromkeys(row["impl"] for row in document["rows"]))
+        lines = [
+            f"{heading(name, document, ())}  Launches a layer and their microseconds in the profile.", "",
+            "| scheme | kernel | whose | " + " | ".join(impls) + " |", "|" + "---|" * (len(impls) + 3),
+        ]  # fmt: skip
+        kernels: dict[tuple[str, str, str], dict[str, str]] = {}
+        for row in document["rows"]:
+            told = kernels.setdefault((row["scheme"] or "–", row["kernel"][:70], row["kind"]), {})
+            told[row["impl"]] = f"{row['count']:g} in {row['us']:.0f} µs"
+        for (scheme, kernel, kind), told in kernels.items():
+            cells = [scheme, f"`{kernel}`", kind, *(told.get(impl, "–") for impl in impls)]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) if parts else "No layer has been traced yet."
+
+
 def _grouped(found: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in found:
@@ -194,7 +214,8 @@ def replaced(text: str, block: str, what: str) -> str:
 
 def main(check: bool) -> int:
     documents, stale = load(), []
-    blocks = {"summary": summary(documents), "points": details(documents)}
+    traced = [(p.name, json.loads(p.read_text())) for p in sorted(RESULTS.glob("layer_kernels*.json"))]
+    blocks = {"summary": summary(documents), "points": details(documents), "layers": layers(traced)}
     for name, what in BLOCKS.items():
         path = ROOT / name
         text = replaced(path.read_text(), blocks[what], what)

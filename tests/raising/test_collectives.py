@@ -70,6 +70,22 @@ def test_near_miss(reason: str, group: str) -> None:
     assert found.reasons == [reason] and not found.calls
 
 
+@pytest.mark.parametrize("undone", [True, False], ids=["undone", "kept"])
+def test_a_gather_of_bytes(undone: bool, group: str) -> None:
+    """FP8 rows that a model moves as bytes are gathered as FP8, so that a product of them is found."""
+
+    def model(x: Tensor) -> Tensor:
+        q = x.to(torch.float8_e4m3fn)
+        moved = c10d.wait_tensor(c10d.all_gather_into_tensor(q.view(torch.uint8), 2, group))
+        return moved.view(torch.float8_e4m3fn).float() if undone else moved + 1
+
+    gm, _ = trace(model, [rows()], dynamic=None)
+    raise_graph(gm.graph)
+    (node,) = gm.graph.find_nodes(op="call_function", target=registry["all_gather"].default)
+    assert node.meta["val"].dtype == (torch.float8_e4m3fn if undone else torch.uint8)
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.dtype)) == (not undone)
+
+
 def test_strided_input(group: str) -> None:
     """The result of a sum is contiguous, whatever its operand was."""
     found = raised(lambda x: c10d.wait_tensor(c10d.all_reduce(x.t(), "sum", group)), rows())

@@ -220,7 +220,7 @@ def schedule(graph: fx.Graph, ranks: Callable[[str], tuple[int, ...]]) -> dict[s
         if not is_collective(node):
             continue
         op = find(node.target)
-        value = next(a.meta["val"] for a in node.all_input_nodes if a.meta["val"].dtype != torch.uint8)
+        value = node.all_input_nodes[0 if op is None else 1].meta["val"]  # behind the channel
         shape = ",".join(str(s) if isinstance(s, int) else "*" for s in value.shape)
         if op is None:
             group = next(a for a in reversed(node.args) if isinstance(a, str))

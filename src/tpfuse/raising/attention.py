@@ -134,8 +134,14 @@ def _raise(swapped: fx.Node) -> Decline | None:
             view = new if same_shape(tensor(user), tensor(new)) else emit(graph, user.target, (new, user.args[1]), like=user)
         user.replace_all_uses_with(view)
         graph.erase_node(user)
+    call: Any = out.args[0]  # type: ignore[union-attr]
     for copy in reversed(copies):
         erase_dead(copy)
+    if is_call(call, *_NAMES) and not call.users:  # counts as random, and so as impure, without dropout too
+        inputs = call.all_input_nodes
+        graph.erase_node(call)
+        for value in inputs:
+            erase_dead(value)
     return None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.emit import DECLINE, emit
-from tpfuse.rewrite.match import is_call, only_user, same_strides, tensor
+from tpfuse.rewrite.emit import DECLINE, emit, erase_dead
+from tpfuse.rewrite.match import aten, is_call, only_user, same_strides, tensor
 from tpfuse.rewrite.site import site_of
 
 c10d = torch.ops._c10d_functional
@@ -49,13 +51,29 @@ def _raise(graph: fx.Graph, node: fx.Node) -> Decline | None:
         return Decline("unwaited", f"the result is used before it was waited for (by {users})")
     if not isinstance(group, str):
         return Decline("group", f"the group is not named in the graph ({group})")
+    views = _undone(x, wait)
+    if views:
+        x = x.args[0]  # type: ignore[union-attr]
     target = registry[_RULES.get(name, name)].default
     with graph.inserting_before(node):
         new = emit(graph, target, (x, group), like=node)
-    if not same_strides(tensor(wait), tensor(new)):
+    if not same_strides(tensor(views[0] if views else wait), tensor(new)):
         graph.erase_node(new)
         return Decline("strides", f"the collective keeps the strides {tuple(tensor(wait).stride())} of its input")
-    wait.replace_all_uses_with(new)
-    graph.erase_node(wait)  # by hand: a wait counts as impure
+    for old in (*views, wait):
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)  # by hand: a wait counts as impure
+    source = node.args[0]
     graph.erase_node(node)
+    erase_dead(source)  # type: ignore[arg-type]
     return None
+
+
+def _undone(x: Any, wait: fx.Node) -> list[fx.Node]:
+    """The views of a gather's result that undo a view of its rows as bytes, where everybody takes it so: models move FP8 as
+    bytes, since not every back end moves it."""
+    if not is_call(x, aten.view.dtype):
+        return []
+    dtype, users = tensor(x.args[0]).dtype, list(wait.users)
+    back = dtype.itemsize == tensor(x).dtype.itemsize and all(is_call(u, aten.view.dtype) and u.args[1] == dtype for u in users)
+    return users if back else []
