@@ -126,6 +126,10 @@ MUTANTS = [
            "tl.store(ptr + s * stride + w, words[w], mask=active)", (ONE_SHOT, TWO_SHOT)),
     Mutant("kernel: an early read", "kernels/signal.py", "(missing > 0) & (polls < limit):", "(missing > 0) & (polls < 1):",
            (TWO_SHOT,)),
+    Mutant("artifact of other ranks", "runtime/dispatch.py", "{sources('ir')} {worlds}", "{sources('ir')}",
+           ("tests/dist/test_tables.py::test_rows_that_ranks_keep_count_together",)),
+    Mutant("own rows taken for all", "runtime/symbols.py", "shim.expression(world * ", "shim.expression(",
+           ("tests/dist/test_tables.py::test_rows_that_ranks_keep_count_together",)),
     Mutant("config not in the cache key", "runtime/key.py", "repr(config), ", "", (f"{SEAMS}::test_uuid_of_inductor_pass",)),
 ]  # fmt: skip
 

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import tpfuse
 from tests.models import Stack
 from tpfuse.lowering.table import Entry, Table
+from tpfuse.measure.forms import sequence_parallel
 from tpfuse.runtime.tables import follow_first
 from tpfuse.testing import RankPool, interpreted
 
@@ -74,3 +76,38 @@ def alone(rank: int, world: int) -> str:
 @pytest.mark.parametrize("ranks", [2], indirect=True)
 def test_a_first_rank_that_never_comes_is_named(ranks: RankPool):
     assert ranks.run(alone, timeout=60) == ["", "rank 1 waited 1 s for the table of ranks [0]"]
+
+
+class Written(torch.nn.Module):
+    """An MLP whose ranks keep their own rows before and after, as models with sequence parallelism are written."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        own = torch.Generator().manual_seed(rank)
+        self.up = torch.nn.Parameter(torch.randn(HIDDEN, 16, generator=own) / 6, requires_grad=False)
+        self.down = torch.nn.Parameter(torch.randn(16, HIDDEN, generator=own) / 4, requires_grad=False)
+        self.form = sequence_parallel(dist.group.WORLD)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.form.sum(torch.relu(self.form.whole(x) @ self.up) @ self.down)
+
+
+def written(rank: int, world: int, path: str) -> list[tuple[str, list[str]]]:
+    model = Written(rank)
+    fused = tpfuse.compile(model, {"table": path, "compile_all": True}, dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        for count in (60 // world, 20 * world):
+            x = torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(rank))
+            torch.testing.assert_close(fused(x), model(x))
+    return [(str(r.range), r.ops) for r in fused.report.results]
+
+
+@pytest.mark.timeout(320)
+def test_rows_that_ranks_keep_count_together(ranks: RankPool, tmp_path: Path):
+    """The table's bytes are of all ranks' rows, so ranges are of as many tokens.  Both world sizes share Inductor's cache: shapes
+    of gathered rows are not in the graph."""
+    entry = Entry("async_tp", "float32", ranks.world, ((64 * HIDDEN * 4, "off"), (None, "on")), "", HIDDEN)
+    Table("cpu", {}, (entry,)).save(tmp_path / "table.json")
+    first, *others = ranks.run(written, str(tmp_path / "table.json"), timeout=300)
+    assert sorted(first) == [("1..64", []), ("65..", ["all_gather_matmul", "matmul_reduce_scatter"])]
+    assert all(other == first for other in others)

@@ -28,7 +28,7 @@ from tpfuse.report import Decline, Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.key import sources
-from tpfuse.runtime.symbols import Bindings, fresh_inputs, renew_strides, token_expression
+from tpfuse.runtime.symbols import Bindings, fresh_inputs, renew_strides, resized, token_expression
 from tpfuse.runtime.tables import follow_first, table_of
 from tpfuse.target import UNBOUNDED, Range
 
@@ -127,10 +127,7 @@ class Dispatcher:
         limits = next((r for r in self.ranges if tokens in r), None)
         if limits is None or self.compiled[limits]:
             return
-        values = shim.traced_sizes(self.placeholders)
-        if self.tokens in values:
-            values[self.tokens] = tokens
-        self._compile(limits, values)
+        self._compile(limits, resized(shim.traced_sizes(self.placeholders), self.tokens, tokens))
 
     def warm_as_traced(self) -> None:
         """Compile the range of the sizes that the graph was traced with."""
@@ -245,10 +242,11 @@ class Dispatcher:
         renew_strides(graph, mode, symbols, values)
         gm = fx.GraphModule(self.gm, graph)
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
+        worlds = sorted((name, len(ranks)) for name, ranks in self._groups().items())
 
         def build() -> Callable[[list[Any]], Any]:
-            # The graph names operators; how Inductor schedules them is in their declarations.
-            with shim.tracing_under(mode), shim.inductor_patch(patches), shim.cache_tag(sources("ir")):
+            # The graph names operators and groups: what those are is in declarations, and in the number of ranks.
+            with shim.tracing_under(mode), shim.inductor_patch(patches), shim.cache_tag(f"{sources('ir')} {worlds}"):
                 return shim.compile_fx_inner(gm, inputs, **self.kwargs)
 
         if everyone and shim.fx_cache_on():

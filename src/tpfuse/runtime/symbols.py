@@ -18,13 +18,31 @@ from tpfuse.target import Range
 
 
 def token_expression(graph: fx.Graph) -> Any:
-    """Tokens: the product of the leading dimensions of the first collective's input.  A sympy expression, an int where the
-    count is fixed, None where the graph holds no collective."""
+    """Tokens: the rows that meet in the first collective, of all ranks together where each has its own; the product of their
+    leading dimensions.  A sympy expression, an int where the count is fixed, None where the graph holds no collective."""
     for node in graph.nodes:
         op = find(node.target)
         if op is not None and op.collective:
-            return shim.expression(math.prod(node.args[0].meta["val"].shape[:-1]))
+            rows, gathers = node.args[0].meta["val"], op.name.startswith("all_gather")
+            world = shim.resolve_group(op.bind(node.args, node.kwargs)["group"]).size() if gathers else 1
+            return shim.expression(world * math.prod(rows.shape[:-1]))
     return None
+
+
+def resized(values: dict[Any, int], expr: Any, tokens: int) -> dict[Any, int]:
+    """The same sizes for so many tokens, where those are a multiple of one symbol."""
+    symbol, each = _counted(expr)
+    return values if symbol is None else {**values, symbol: tokens // each}
+
+
+def _counted(tokens: Any) -> tuple[Any, int]:
+    """The one symbol that tokens are a multiple of, and which; (None, 1) where there is no such."""
+    symbols = getattr(tokens, "free_symbols", ())
+    for symbol in symbols if len(symbols) == 1 else ():
+        each = tokens.coeff(symbol)
+        if each.is_Integer and tokens == each * symbol:
+            return symbol, int(each)
+    return None, 1
 
 
 @dataclass
@@ -67,6 +85,7 @@ def fresh_inputs(
     env = shim.ShapeEnv(duck_shape=False)
     mode = shim.FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     new: dict[Any, Any] = {}
+    counted, each = _counted(tokens)
     for value in placeholders:
         for symbol in shim.symbols_of(value):
             if symbol in new:
@@ -75,8 +94,9 @@ def fresh_inputs(
                 s for s in (*value.shape, *value.stride()) if isinstance(s, SymInt) and symbol in s.node.expr.free_symbols
             )  # fmt: skip
             low, high = shim.symbol_bounds(owner, symbol)
-            if symbol == tokens:
-                low, high = max(low, limits.start), min(high or limits.end, limits.end)
+            if symbol == counted:
+                inside = max(low, -(-limits.start // each)), min(high or limits.end, limits.end // each)
+                low, high = inside if inside[0] <= inside[1] else (low, high)  # no multiple lies there: never called
             if low == high:
                 new[symbol] = sympy.Integer(low)
             else:
