@@ -57,6 +57,18 @@ def test_the_summary():
     assert "tpfuse's fastest at each point, not what lowering picks" in tables.summary({"file.json": slow})
 
 
+def test_loads_are_listed_apart_from_steps():
+    load = {"op": "serve", "shape": "8b", "sequences": 32, "batch": 4, "output": 64, "layers": 8, "tpot_us": 2500.0}
+    rows = [
+        row(impl, us, 2048, **load, ttft_us=10 * us, tokens_per_s=800.0)
+        for impl, us in (("nccl+inductor (A/A)", 101.0), ("nccl+inductor", 100.0), ("tpfuse", 80.0))
+    ]
+    text = tables.summary({"file.json": {**document(*rows), "what": "e2e"}})
+    assert "| stack | scheme | layers | load | nccl+inductor (A/A) | nccl+inductor | tpfuse |" in text
+    assert "| 8b | – | 8 | 32 × 2048, 4 at a time, 64 out | 1.01 / 2.50, 800 | 1.00 / 2.50, 800 | 0.80 / 2.50, 800 |" in text
+    assert "of the room" not in text
+
+
 def test_a_layer_is_listed_by_kernel():
     kernels = [
         {"scheme": "", "impl": "nccl+inductor", "kernel": "nvjet", "kind": "product", "count": 4.0, "us": 100.4},

@@ -23,7 +23,10 @@ BLOCKS = {"README.md": "summary", "docs/performance.md": "points", "docs/kernels
 WHAT = {"collectives", "local_kernels", "e2e", "gemm"}  # what has peers at their best beside it
 ALONE = "gemm_alone"
 BOUNDS = ("empty_kernel", ALONE, "no_collective")  # no implementation of the operator
-MEASURED = ("impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error", "operators")
+SERVED = ("ttft_us", "tpot_us", "tokens_per_s")
+MEASURED = (
+    "impl", "us", "us_min", "us_max", "limit_us", "picked", "samples", "launches", "difference", "error", "operators", *SERVED,
+)  # fmt: skip
 AGAIN = " (A/A)"
 
 
@@ -85,16 +88,19 @@ def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> s
 
 
 def room(name: str, document: Mapping[str, Any]) -> str:
-    """Steps of a stack of layers: how much of what its collectives cost was won back."""
+    """Steps of a stack of layers: how much of what its collectives cost was won back.  "" where none was measured."""
     plain, none = "nccl+inductor", "no_collective"
-    impls = [i for i in dict.fromkeys(r["impl"] for r in document["rows"]) if i not in (plain, plain + AGAIN, none)]
+    rows = [row for row in document["rows"] if row["op"] != "serve"]
+    if not rows:
+        return ""
+    impls = [i for i in dict.fromkeys(r["impl"] for r in rows) if i not in (plain, plain + AGAIN, none)]
     columns = ["step", "scheme", "hidden", "tokens", plain, none, "A/A", *impls]
     lines = [
         f"{heading(name, document, ())}  Microseconds a layer, and the share closed of the room between the first two.", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
     ]  # fmt: skip
     steps: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in document["rows"]:
+    for row in rows:
         steps.setdefault((row["op"], row["scheme"] or "–", row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
     for where, times in steps.items():
         whole = times[plain] - times[none]
@@ -105,12 +111,33 @@ def room(name: str, document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def served(name: str, document: Mapping[str, Any]) -> str:
+    """Loads: time to first token, time of a step and throughput of each implementation.  "" where none was measured."""
+    rows = [row for row in document["rows"] if row["op"] == "serve"]
+    if not rows:
+        return ""
+    impls = list(dict.fromkeys(row["impl"] for row in rows))
+    columns = ["stack", "scheme", "layers", "load", *impls]
+    lines = [
+        f"{heading(name, document, ())}  Loads of sequences × prompt: milliseconds to the first token / per output token, and "
+        "tokens a second.", "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+    ]  # fmt: skip
+    loads: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        load = f"{row['sequences']} × {row['tokens']}, {row['batch']} at a time, {row['output']} out"
+        told = f"{row['ttft_us'] / 1e3:.2f} / {row['tpot_us'] / 1e3:.2f}, {row['tokens_per_s']:.0f}"
+        loads.setdefault((row["shape"], row["scheme"] or "–", str(row["layers"]), load), {})[row["impl"]] = told
+    lines += ["| " + " | ".join([*where, *(told.get(i, "–") for i in impls)]) + " |" for where, told in loads.items()]
+    plot = f"\n\n![loads]({RESULTS.relative_to(ROOT)}/{name.removesuffix('.json')}.svg)"
+    return "\n".join(lines) + (plot if (RESULTS / name).with_suffix(".svg").exists() else "")
+
+
 def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """A line for each operator and scheme of each file."""
     parts = []
     for name, document in documents.items():
         if document["what"] == "e2e":
-            parts.append(room(name, document))
+            parts += filter(None, (room(name, document), served(name, document)))
             continue
         found = points(document)
         of_products = any(p.alone_us for p in found)

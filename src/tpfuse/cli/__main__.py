@@ -135,12 +135,17 @@ def e2e(
     scheme: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Of the linear layers; none among them.")] = "none",
     decode: Annotated[str, typer.Option(metavar="N,N,…", help='Sequences that step together; "" for none.')] = "1,8,32,128",
     prefill: Annotated[str, typer.Option(metavar="N,N,…", help='Tokens of one sequence; "" for none.')] = "2048,8192",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the stack.")] = 4,
+    serve: Annotated[
+        str, typer.Option(metavar="PROMPT:BATCH:SEQUENCES,…", help="Loads: prompts, prefilled so many at a time, of so many.")
+    ] = "",
+    output: Annotated[int, typer.Option(min=2, help="Tokens that each sequence of a load gets.")] = 64,
+    layers: Annotated[str, typer.Option(help='Layers of the stack; "max": as many as fit, at most the model\'s.')] = "4",
     cached: Annotated[int, typer.Option(min=1, help="Positions that a decode step reads.")] = 1024,
     trials: Annotated[int, typer.Option(min=1, help="Samples of each step.")] = 15,
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
     limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot of the loads, as PNG and as SVG.")] = None,
     commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
 ) -> None:
     """Stacks shaped like models under torch.compile: tpfuse, NCCL, torch's async TP, FlashInfer, and no collectives at all."""
@@ -149,7 +154,8 @@ def e2e(
 
     command.e2e(
         _console(), world, shape.split(","), options.schemes(scheme, ()), options.numbers(decode, ()) if decode else [],
-        options.numbers(prefill, ()) if prefill else [], layers, cached, trials, table, limit_s, json, commit,
+        options.numbers(prefill, ()) if prefill else [], command.loads_of(serve, output), command.layers_of(layers), cached,
+        trials, table, limit_s, json, plot, commit,
     )  # fmt: skip
 
 

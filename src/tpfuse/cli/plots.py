@@ -10,6 +10,9 @@ from tpfuse.cli.models import BadInput
 from tpfuse.measure.points import AGAIN, ALONE
 
 STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-.", "gemm": ":"}
+METRICS = {
+    "ttft_us": ("ms to first token", 1e3), "tpot_us": ("ms per output token", 1e3), "tokens_per_s": ("tokens a second", 1.0),
+}  # fmt: skip
 Row = Mapping[str, Any]
 
 
@@ -19,11 +22,7 @@ def save(document: dict[str, Any], path: Path) -> list[Path]:
 
     BadInput where matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise BadInput("--plot needs matplotlib: pip install 'tpfuse[plots]'") from error
-    matplotlib.use("Agg")
+    _headless()
     path = path.with_suffix("")
     rows = [r for r in document["rows"] if "limit_us" in r and not r["impl"].endswith(AGAIN)]
     if document["what"] != "gemm":
@@ -37,6 +36,41 @@ def save(document: dict[str, Any], path: Path) -> list[Path]:
             lambda r: times[_place(r)], "time ÷ product alone", "linear", family,
         )  # fmt: skip
     return files
+
+
+def save_served(document: Mapping[str, Any], path: Path) -> list[Path]:
+    """Times to first tokens, of a step, and throughput of each load, a line of panels for each shape and scheme → the files
+    written.  BadInput where matplotlib is missing."""
+    _headless()
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in document["rows"] if r["op"] == "serve" and not r["impl"].endswith(AGAIN)]
+    stacks, impls = list(dict.fromkeys((r["shape"], r["scheme"]) for r in rows)), list(dict.fromkeys(r["impl"] for r in rows))
+    figure, axes = plt.subplots(len(stacks), len(METRICS), figsize=(13.0, 3.4 * len(stacks)), squeeze=False)
+    for stack, line in zip(stacks, axes, strict=True):
+        own = [r for r in rows if (r["shape"], r["scheme"]) == stack]
+        loads = list(dict.fromkeys(map(_load, own)))
+        for (metric, (label, unit)), axis in zip(METRICS.items(), line, strict=True):
+            for i, impl in enumerate(impls):
+                times = {_load(r): r[metric] / unit for r in own if r["impl"] == impl}
+                places = [n + (i - (len(impls) - 1) / 2) * 0.8 / len(impls) for n, load in enumerate(loads) if load in times]
+                axis.bar(places, list(times.values()), 0.8 / len(impls), color=f"C{i}", label=impl)
+            axis.set_xticks(range(len(loads)), loads, fontsize=7)
+            axis.set(title=f"{stack[0]}, {stack[1] or 'no quantise'}, {own[0]['layers']} layers", ylabel=label)
+    return _saved(document, figure, axes, path.with_suffix(""), "sequences × prompt, prefilled so many at a time")
+
+
+def _load(row: Row) -> str:
+    return f"{row['sequences']} × {row['tokens']}\n{row['batch']} at a time"
+
+
+def _headless() -> None:
+    """Plots are drawn to files.  BadInput where matplotlib is missing."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise BadInput("--plot needs matplotlib: pip install 'tpfuse[plots]'") from error
+    matplotlib.use("Agg")
 
 
 def _family(row: Row) -> str:
@@ -74,6 +108,13 @@ def _figure(
         axis.set_xlabel("tokens")
     for line in axes:
         line[0].set_ylabel(label)
+    return _saved(document, figure, axes, path, title)
+
+
+def _saved(document: Mapping[str, Any], figure: Any, axes: Any, path: Path, title: str) -> list[Path]:
+    """Legend, title and files."""
+    import matplotlib.pyplot as plt
+
     handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     machine = document["machine"]

@@ -82,6 +82,13 @@ class Variants:
         ]
 
 
+    def serving(self) -> dict[str, tuple[str, str]]:
+        """How prompts are prefilled and tokens decoded, by what is reported.  A step of decode has too few rows to share out."""
+        return {
+            PLAIN: (PLAIN, PLAIN), **({} if self.own else {ASYNC: (ASYNC, PLAIN)}), OURS: (OURS, OURS), ROOM: (ROOM, ROOM),
+        }  # fmt: skip
+
+
 class Runner:
     """One rank's variants of a stack, each compiled when it is first called: once for every number of sequences that a decode
     step has, and for each number of tokens of a prefill anew."""
@@ -97,12 +104,12 @@ class Runner:
         if sequences > 1:  # one graph for every number of them from 2 on
             for tensor in (x, *(t for cache in caches for t in cache)):
                 shim.mark_dynamic(tensor, 0)
-        return {name: _step(call, x, caches, None) for name, call in self.decode.items()}
+        return {name: step_of(call, x, caches, None) for name, call in self.decode.items()}
 
-    def prefill_steps(self, tokens: int, prompts: int = 1, caches: Any = None) -> dict[str, Step]:
-        """A step of each variant: the tokens of prompts of equal length, which fill the caches where there are some."""
+    def prefill_steps(self, tokens: int) -> dict[str, Step]:
+        """A step of each variant: the tokens of one prompt, which fill no cache."""
         x = self.rows(tokens)
-        return {name: _step(call, x, caches, prompts) for name, call in self.prefill.items()}
+        return {name: step_of(call, x, None, 1) for name, call in self.prefill.items()}
 
     def rows(self, tokens: int) -> Tensor:
         """The same random rows on every rank."""
@@ -127,15 +134,22 @@ class Runner:
         for name, values in samples.items():
             values = [value / layers for value in values]
             row = {
-                "op": "prefill" if cached is None else "decode", "scheme": stack.scheme, "dtype": "bfloat16", "tokens": tokens,
-                "hidden": stack.shape.hidden, "intermediate": stack.shape.intermediate, "world": stack.world, "layers": layers,
-                "cached": cached or 0, "timed": "queued" if cached is None else "graph", "impl": name, **summary(values),
-                "samples": values,
+                "op": "prefill" if cached is None else "decode", "tokens": tokens, **described(stack), "cached": cached or 0,
+                "timed": "queued" if cached is None else "graph", "impl": name, **summary(values), "samples": values,
             }  # fmt: skip
             made = operators((self.prefill if cached is None else self.decode).get(name), tokens)
             more = {"difference": differences.get(name), "operators": made}
             rows.append({**row, **{key: value for key, value in more.items() if value is not None}})
         return rows
+
+
+def described(stack: Stack) -> dict[str, Any]:
+    """What a row says of the stack."""
+    shape = stack.shape
+    return {
+        "scheme": stack.scheme, "dtype": "bfloat16", "hidden": shape.hidden, "intermediate": shape.intermediate,
+        "world": stack.world, "layers": len(stack.layers),
+    }  # fmt: skip
 
 
 def operators(call: Any, tokens: int) -> dict[str, int] | None:
@@ -146,7 +160,7 @@ def operators(call: Any, tokens: int) -> dict[str, int] | None:
     return dict(Counter(f"{e.rule} by {e.attributes['kernel']}" for e in result.events if e.status == "lowered"))
 
 
-def _step(call: Callable[..., Tensor], *args: Any) -> Step:
+def step_of(call: Callable[..., Tensor], *args: Any) -> Step:
     def run(i: int) -> Tensor:
         with torch.no_grad():
             return call(*args)
