@@ -1,4 +1,7 @@
-"""Which products go with their collective on an H100, read off what was measured: explained, nothing runs."""
+"""Which products go with their collective on an H100, read off what was measured: explained, nothing runs.
+
+The same model is explained in every test, more often than Dynamo would compile it again.
+"""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,12 +17,6 @@ from tpfuse.lowering.table import Entry, Table
 H100 = tpfuse.Target("cuda", 90, 2, True, False, frozenset({"reference", "triton", "cuda", "nccl"}))
 SHARDED = Entry("sequence_parallel", "bfloat16", 2, ((None, "on"),))
 SCATTER, GATHER = "matmul_reduce_scatter_add_rms_norm", "all_gather_matmul"
-
-
-@pytest.fixture(autouse=True)
-def _from_scratch() -> None:
-    """Every test explains the same code, which Dynamo does not do without end."""
-    torch._dynamo.reset()
 
 
 def final(group: str, folder: Path, entries: tuple[Entry, ...], **options: object) -> tuple[Counter[str], set[str]]:

@@ -213,7 +213,7 @@ def explain(
         return shim.compile_fx(gm, inputs, planner, {})
 
     args, kwargs = shim.tree_map_tensors(_off_meta, (args, kwargs))
-    with torch.no_grad(), _weights_off_meta(model):
+    with torch.no_grad(), _weights_off_meta(model), shim.recompiled_at_will():
         torch.compile(model, backend=whole, dynamic=True)(*args, **kwargs)
     return report
 

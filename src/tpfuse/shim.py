@@ -199,6 +199,13 @@ def tracing_under(mode: FakeTensorMode) -> AbstractContextManager[Any]:
     return torch._guards.tracing(torch._guards.TracingContext(mode))
 
 
+def recompiled_at_will() -> AbstractContextManager[Any]:
+    """Inside, Dynamo captures code again however often it has before; outside it runs it uncompiled from some time on."""
+    import torch._dynamo.config as config
+
+    return config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30)  # type: ignore[attr-defined]
+
+
 def cache_tag(tag: str) -> AbstractContextManager[Any]:
     """Inside, Inductor's cache keys hold `tag` beside the user's own."""
     import torch.compiler.config as compiler_config

@@ -29,6 +29,10 @@ class Range:
     def single(self) -> bool:
         return self.start == self.end
 
+    def bytes(self, row: int) -> tuple[int, int | None]:
+        """The same range in bytes, for tokens of `row` bytes; None for no upper bound."""
+        return self.start * row, None if self.end == UNBOUNDED else self.end * row
+
     def __str__(self) -> str:
         return str(self.start) if self.single else f"{self.start}..{'' if self.end == UNBOUNDED else self.end}"
 

@@ -57,6 +57,10 @@ def test_near_thresholds_merge():
     assert pairs(plan_ranges(thresholds=[100, 110, 120, 200])) == [(1, 100), (101, 200), (201, UNBOUNDED)]
 
 
+def test_the_first_thresholds_count_most():
+    assert pairs(plan_ranges(thresholds=[1000, 2000, 10, 1100, 100, 5])) == [(1, 10), (11, 1000), (1001, 2000), (2001, UNBOUNDED)]
+
+
 def test_at_most_four_ranges_come_of_thresholds():
     assert len(plan_ranges(thresholds=[10, 100, 1000, 10_000, 100_000])) == 4
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tpfuse.lowering.table import BUILT_IN, Entry, Table
+from tpfuse.target import UNBOUNDED, Range
 
 VERSIONS = {"torch": "2.11.0", "triton": "3.6.0"}
 SP = Entry("sequence_parallel", "bfloat16", 2, ((1 << 20, "off"), (None, "on")))
@@ -59,29 +60,41 @@ def test_the_nearest_sizes_count_the_messages_width_first():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "world", "size", "code"),
+    ("dtype", "world", "limits", "code"),
     [
-        (torch.bfloat16, 2, 1 << 20, "threshold"),
-        (torch.bfloat16, 2, (1 << 20) + 1, None),
-        (torch.float16, 2, 1 << 30, "unmeasured"),
-        (torch.bfloat16, 4, 1 << 30, "unmeasured"),
+        (torch.bfloat16, 2, (1, 128), "threshold"),  # 8 KiB a token: 1 MiB
+        (torch.bfloat16, 2, (129, 512), None),
+        (torch.bfloat16, 2, (100, 512), None),  # two doublings against a third of one
+        (torch.bfloat16, 2, (1, 512), "threshold"),
+        (torch.bfloat16, 2, (100, UNBOUNDED), None),
+        (torch.bfloat16, 2, (7, 7), "threshold"),
+        (torch.float16, 2, (4096, 8192), "unmeasured"),
+        (torch.bfloat16, 4, (4096, 8192), "unmeasured"),
     ],
 )
-def test_a_pass_that_does_not_pay_is_refused_by_name(dtype, world, size, code):
-    refused = TABLE.refuses("sequence_parallel", dtype, world, size, 4096)
+def test_a_pass_that_does_not_pay_is_refused_by_name(dtype, world, limits, code):
+    refused = TABLE.refuses("sequence_parallel", dtype, world, Range(*limits), 4096)
     assert (refused.code if refused else None) == code
 
 
 def test_nothing_measured_refuses_everything_and_cuts_no_range():
-    assert BUILT_IN.refuses("sequence_parallel", torch.bfloat16, 2, 1 << 30).code == "unmeasured"
+    assert BUILT_IN.refuses("sequence_parallel", torch.bfloat16, 2, Range(4096, UNBOUNDED), 4096).code == "unmeasured"
     assert BUILT_IN.thresholds([(torch.bfloat16, 2, 4096)]) == []
 
 
 def test_thresholds_in_tokens():
     # 8 KiB a token: 512 KiB are 64 tokens, 1 MiB 128; at a width of 8192 the 4 MiB of its own entry are 256.
-    assert TABLE.thresholds([(torch.bfloat16, 2, 4096)]) == [64, 128]
-    assert TABLE.thresholds([(torch.bfloat16, 2, 8192)]) == [32, 256]
+    # Where a pass begins to pay counts before where a kernel does.
+    assert TABLE.thresholds([(torch.bfloat16, 2, 4096)]) == [128, 64]
+    assert TABLE.thresholds([(torch.bfloat16, 2, 8192)]) == [256, 32]
     assert TABLE.thresholds([(torch.float32, 2, 4096)]) == []
+
+
+def test_thresholds_of_every_other_dimension_of_the_weights():
+    entries = [Entry("matmul_reduce_scatter", "bfloat16", 2, ((n * 8192, "unfused"), (None, "cuda:chunked")), "", 4096, k)
+               for n, k in ((128, 7168), (512, 2048))]  # fmt: skip
+    other = Entry("matmul_reduce_scatter", "bfloat16", 2, ((1 << 20, "unfused"), (None, "cuda:chunked")), "", 8192, 7168)
+    assert Table("", {}, (*entries, other)).thresholds([(torch.bfloat16, 2, 4096)]) == [128, 512]
 
 
 def test_stale():
@@ -109,10 +122,10 @@ def test_json_is_what_the_docstring_shows():
 def test_a_chain_is_judged_by_its_own_scheme_or_by_plain_rows():
     fp8 = Entry("sequence_parallel", "bfloat16", 2, ((1 << 10, "off"), (None, "on")), "fp8_tensor")
     table = Table("", {}, (SP, fp8))
-    size = 1 << 15
-    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096, "fp8_tensor") is None
-    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096).code == "threshold"
-    assert table.refuses("sequence_parallel", torch.bfloat16, 2, size, 4096, "nvfp4").code == "threshold"
+    limits = Range(4, 8)
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, limits, 4096, "fp8_tensor") is None
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, limits, 4096).code == "threshold"
+    assert table.refuses("sequence_parallel", torch.bfloat16, 2, limits, 4096, "nvfp4").code == "threshold"
 
 
 def test_a_scheme_that_the_graph_does_not_hold_cuts_no_range():

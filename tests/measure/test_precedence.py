@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tpfuse.lowering.table import Entry, Table
 from tpfuse.measure.entries import entries
 from tpfuse.measure.points import AGAIN, ALONE
 from tpfuse.measure.precedence import ASYNC_TP, SEQUENCE_PARALLEL, decided
+from tpfuse.target import Range
 
 HIDDEN, ROW = 4096, 8192
 WHOLE, AROUND = "all_reduce_add_rms_norm", "reduce_scatter_add_rms_norm_all_gather"
@@ -128,9 +130,9 @@ def test_quantised_rows_are_gathered_by_their_own_dtype():
 
 def test_a_refusal_names_both_times():
     table = Table("", {}, tuple(decided(layer(WHOLE_US, AROUND_US, SCATTER_US, GATHER_US))))
-    refused = table.refuses(SEQUENCE_PARALLEL, "bfloat16", 2, 600 * ROW, HIDDEN)
+    refused = table.refuses(SEQUENCE_PARALLEL, torch.bfloat16, 2, Range(600, 1024), HIDDEN)
     assert refused is not None and refused.code == "threshold"
     assert "off 320.0 µs, on 330.0 µs" in refused.detail and f"at {512 * ROW} bytes" in refused.detail
-    assert table.refuses(SEQUENCE_PARALLEL, "bfloat16", 2, 2000 * ROW, HIDDEN) is None
-    unknown = table.refuses(SEQUENCE_PARALLEL, "bfloat16", 4, 2000 * ROW, HIDDEN)
+    assert table.refuses(SEQUENCE_PARALLEL, torch.bfloat16, 2, Range(2000, 2000), HIDDEN) is None
+    unknown = table.refuses(SEQUENCE_PARALLEL, torch.bfloat16, 4, Range(2000, 2000), HIDDEN)
     assert unknown is not None and unknown.code == "unmeasured"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tpfuse.lowering.table import UNFUSED, Entry
-
-ENDLESS = 16  # a range without end counts as four doublings beyond its last threshold
 
 Steps = tuple[tuple[int | None, str], ...]
 
@@ -30,16 +27,11 @@ def choose(entry: Entry, low: int, high: int | None, serves: Callable[[str], boo
     are few, so near thresholds were merged), the one that covers more of it counts, by the ratio of sizes.  What is
     left out is filled by the smaller neighbour, else by the larger one.
     """
-    steps = entry.within(low, high)
-    spans = {True: 0.0, False: 0.0}
-    begin = low
-    for end, kernel in steps:
-        last = ENDLESS * begin if end is None else end
-        spans[kernel == UNFUSED] += math.log2(max(last, begin + 1) / begin)
-        begin = last
+    steps, covered = entry.within(low, high), entry.covered(low, high)
+    unfused = covered.pop(UNFUSED, 0.0)
     told = ", ".join(f"{kernel} up to {end}" if end is not None and end != high else kernel for end, kernel in steps)
     why = f"measured{'' if entry.hidden is None else f' at hidden {entry.hidden}'}: {told}"
-    if spans[True] > spans[False]:
+    if unfused > sum(covered.values()):
         return Choice((), why, unfused=True)
     kept: list[tuple[int | None, str]] = []
     for end, kernel in steps:

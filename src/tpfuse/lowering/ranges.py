@@ -17,9 +17,9 @@ def plan_ranges(
 ) -> list[Range]:
     """Sorted, disjoint ranges that cover 1 … max_tokens (every count where that is None).
 
-    endpoints: the user's; each closes its range.  sizes: token counts with a graph of their own.  thresholds: measured; those
-    closer than a factor of `merge_below` to their neighbour are merged, and the fewest-token ones kept until at most `most`
-    ranges come of them.  ValueError for a count below 1.
+    endpoints: the user's; each closes its range.  sizes: token counts with a graph of their own.  thresholds: measured, what
+    matters most first; one closer than a factor of `merge_below` to one before it is left out, and so are those beyond what
+    makes `most` ranges.  ValueError for a count below 1.
     """
     last = max_tokens or UNBOUNDED
     ends, single = sorted(set(endpoints)), sorted(set(sizes))
@@ -27,8 +27,8 @@ def plan_ranges(
         if count < 1:
             raise ValueError(f"token counts start at 1, got {count}")
     if not ends:
-        for threshold in sorted(set(thresholds)):
-            if len(ends) + 1 < most and (not ends or threshold > ends[-1] * merge_below):
+        for threshold in dict.fromkeys(thresholds):
+            if len(ends) + 1 < most and all(max(threshold, e) > merge_below * min(threshold, e) for e in ends):
                 ends.append(threshold)
     cuts = {e for e in ends if e < last} | {last}
     for size in (s for s in single if s <= last):

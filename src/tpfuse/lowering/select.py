@@ -110,8 +110,7 @@ def pick(
     entry = measured(op, args, target, table)
     why = "no measurement" if preference == "auto" else f"kernels={preference}"
     if entry is not None:
-        row = int(op.message(args).row_bytes)
-        low, high = limits.start * row, None if limits.end == UNBOUNDED else limits.end * row
+        low, high = limits.bytes(int(op.message(args).row_bytes))
         choice = choose(entry, low, high, lambda kernel: kernel in usable and reasons[kernel] is None)
         if choice.steps:
             return Pick(tuple((end, usable[kernel]) for end, kernel in choice.steps), choice.why)
@@ -144,8 +143,7 @@ def apart(op: Op, args: Mapping[str, Any], world: int, table: Table, limits: Ran
         return None
     hidden = message.columns * (2 if message.dtype == torch.uint8 else 1)
     dtype = getattr(torch, args["out_dtype"]) if "out_dtype" in args else message.dtype
-    size = limits.start * hidden * dtype.itemsize
-    refused = table.refuses("async_tp", dtype, world, size, hidden, _scheme(op, args))
+    refused = table.refuses("async_tp", dtype, world, limits, hidden, _scheme(op, args))
     return None if refused is None or refused.code == "unmeasured" else refused
 
 

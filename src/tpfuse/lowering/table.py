@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from tpfuse.report import Decline
+from tpfuse.target import Range
 
 UNFUSED = "unfused"
-IN_GRAPH = (UNFUSED, "on", "off")  # what a graph is made for; between kernels it chooses when it runs
+ENDLESS = 16  # a range without end counts as four doublings beyond its last threshold
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class Entry:
 
     def choice(self, size: int) -> str:
         return next(choice for end, choice in self.steps if end is None or size <= end)
+
+    def covered(self, low: int, high: int | None) -> dict[str, float]:
+        """How much of `low` … `high` bytes each choice covers, in doublings of the size."""
+        found: dict[str, float] = {}
+        begin = low
+        for end, choice in self.within(low, high):
+            last = ENDLESS * begin if end is None else end
+            found[choice] = found.get(choice, 0.0) + math.log2(max(last, begin + 1) / begin)
+            begin = last
+        return found
 
     def told(self, size: int) -> str:
         """What was measured at the nearest size, for people; "" where nothing is kept."""
@@ -130,35 +141,50 @@ class Table:
         return min(same, key=lambda e: (_apart(e.hidden, hidden), _apart(e.across, across)), default=None)
 
     def refuses(
-        self, name: str, dtype: Any, world: int, size: int, hidden: int | None = None, scheme: str = ""
+        self, name: str, dtype: Any, world: int, limits: Range, hidden: int, scheme: str = ""
     ) -> Decline | None:
-        """Why a pass should leave a site of `size` bytes alone: measured to be slower there, or never measured.
+        """Why a pass should leave sites of these token counts and that width alone: measured to be slower at most of them, or
+        never measured.
 
         A scheme that was not measured is judged by rows that are not quantised, of which more bytes are gathered.
         """
         entry = self.find(name, dtype, world, scheme, hidden) or self.find(name, dtype, world, "", hidden)
         if entry is None:
             return Decline("unmeasured", f"no measurement says that {name} pays here: run tpfuse tune, or name the pass")
-        if entry.choice(size) == "on":
+        low, high = limits.bytes(hidden * dtype.itemsize)
+        covered = entry.covered(low, high)
+        if covered.get("on", 0.0) > covered.get("off", 0.0):
             return None
+        where = f"from {low} bytes on" if high is None else f"at {low} to {high} bytes"
         told = ", ".join(_step(*s) for s in entry.steps)
-        return Decline("threshold", f"measured slower at {size} bytes ({told}){entry.told(size)}")
+        return Decline("threshold", f"measured slower {where} ({told}){entry.told(low)}")
 
     def thresholds(self, sites: Iterable[tuple[Any, int, int]], schemes: Iterable[str] | None = None) -> list[int]:
-        """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range.
+        """Token counts at which another graph is better for collectives of (dtype, world, width); each closes a range.  Those at
+        which a pass begins to pay come first, then those at which a kernel does; both ascend.
 
         schemes: those that occur in the graph ("" for none); None for all that were measured.
         """
         present = None if schemes is None else set(schemes)
-        counts: set[int] = set()
+        passes: set[int] = set()
+        kernels: set[int] = set()
         for dtype, world, hidden in sites:
             row = hidden * dtype.itemsize
-            fitting = {(e.op, e.scheme) for e in self.entries if present is None or e.scheme in present}
-            for entry in (self.find(op, dtype, world, scheme, hidden) for op, scheme in fitting):
-                for (end, choice), (_, following) in pairwise(entry.steps if entry else ()):
-                    if end is not None and end >= row and (choice in IN_GRAPH or following in IN_GRAPH):
-                        counts.add(end // row)
-        return sorted(counts)
+            for entry in self._nearest(dtype, world, hidden, present):
+                for (end, choice), (_, following) in pairwise(entry.steps):
+                    if end is not None and end >= row and UNFUSED in (choice, following):
+                        kernels.add(end // row)
+                    elif end is not None and end >= row and choice in ("on", "off"):
+                        passes.add(end // row)
+        return [*sorted(passes), *sorted(kernels - passes)]
+
+    def _nearest(self, dtype: Any, world: int, hidden: int, schemes: set[str] | None) -> Iterable[Entry]:
+        """For each operator and scheme the entries that sites of a width are served by, whatever their other dimension."""
+        for op, scheme in {(e.op, e.scheme) for e in self.entries if schemes is None or e.scheme in schemes}:
+            found = self.find(op, dtype, world, scheme, hidden)
+            if found is not None:
+                alike = (found.op, found.dtype, found.world, found.scheme, found.hidden)
+                yield from (e for e in self.entries if (e.op, e.dtype, e.world, e.scheme, e.hidden) == alike)
 
 
 BUILT_IN = Table()

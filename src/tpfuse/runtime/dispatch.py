@@ -210,11 +210,11 @@ class Dispatcher:
         return next((ranges[end] for end in sorted(ranges) if limits.end <= end), {})
 
     def _policy(self, limits: Range) -> Policy:
-        """Sequence parallelism where the table says that it pays in the whole range, and where the user asks for it by name."""
+        """Sequence parallelism where the table says that it pays in most of the range, and where the user asks for it by name."""
         if self._asked("sequence_parallel", limits):
             return lambda chain: None
         return lambda chain: self.table.refuses(
-            "sequence_parallel", chain.dtype, chain.world, chain.row_bytes * limits.start, chain.hidden, chain.scheme
+            "sequence_parallel", chain.dtype, chain.world, limits, chain.hidden, chain.scheme
         )
 
     def _worth(self, limits: Range) -> Worth:
