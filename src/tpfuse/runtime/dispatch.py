@@ -72,8 +72,8 @@ class Dispatcher:
         targets: Targets | None = None,
         follow: bool = False,
     ) -> None:
-        """targets: of another machine than this, to explain.  follow: all ranks of the graph's groups are here, and take the
-        table of the first of them."""
+        """targets: of another machine than this, to explain.  follow: the graph will run, all ranks of its groups are here, and
+        take the table of the first of them."""
         self.fuel = fuel
         self.gm, self.kwargs, self.config, self.patches, self.report = gm, kwargs, config, patches, report
         self.number = next(_graphs)
@@ -88,7 +88,8 @@ class Dispatcher:
             self.table = follow_first(self.table, {r for r in self._groups().values() if len(r) > 1}, config.timeout)
         self.ranges = self._ranges()
         self.compiled: dict[Range, list[Compiled]] = {r: [] for r in self.ranges}
-        _dispatchers.add(self)
+        if follow:
+            _dispatchers.add(self)
 
     def _ranges(self) -> list[Range]:
         if self.tokens is None:
