@@ -1,0 +1,47 @@
+"""`tpfuse tune` between GPUs: a small table of everything that it measures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tpfuse.lowering.table import Table
+from tpfuse.measure.points import ALONE
+
+pytest.importorskip("triton")
+WORLD = int(os.environ.get("TPFUSE_TEST_WORLD", torch.cuda.device_count()))
+pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(400)]
+COUNTS = f"{64 * WORLD},{512 * WORLD}"
+COMMAND = [
+    "tune", "--tp", str(WORLD), "--sequence-parallel", "--tokens", COUNTS, "--hidden", "1024", "--scheme", "none,fp8_token",
+    "--intermediate", str(1024 * WORLD), "--product-tokens", COUNTS, "--trials", "3",
+]  # fmt: skip
+
+
+def test_products_forms_and_sums_in_one_table(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    subprocess.run([sys.executable, "-m", "tpfuse.cli", *COMMAND, "--out", str(file)], check=True, timeout=380)
+    table = Table.load(file)
+    sizes = {(e.op, e.scheme, e.dtype, e.hidden, e.across) for e in table.entries}
+    sums, products, across = "bfloat16", "scaled_matmul_reduce_scatter", 1024
+    assert sizes == {
+        ("all_reduce_add_rms_norm", "", sums, 1024, None),
+        ("all_reduce_add_rms_norm_quantize", "fp8_token", sums, 1024, None),
+        ("reduce_scatter_add_rms_norm_all_gather", "", sums, 1024, None),
+        ("reduce_scatter_add_rms_norm_quantize_all_gather", "fp8_token", sums, 1024, None),
+        ("matmul_reduce_scatter", "", sums, 1024, across), (products, "fp8_token", sums, 1024, across),
+        ("matmul_reduce_scatter_add_rms_norm", "", sums, 1024, across),
+        (f"{products}_add_rms_norm_quantize", "fp8_token", sums, 1024, across),
+        ("all_gather_matmul", "", sums, 1024, 2 * across),
+        ("all_gather_scaled_matmul", "fp8_token", "float8_e4m3fn", 1024, 2 * across),
+        *((name, scheme, sums, 1024, None) for name in ("sequence_parallel", "async_tp") for scheme in ("", "fp8_token")),
+    }  # fmt: skip
+    for entry in table.entries:
+        assert len(entry.times) == 2 and all(us > 0 for _, of in entry.times for _, us in of)
+        if entry.across is not None:
+            assert {"cuda:chunked", ALONE} <= dict(entry.times[0][1]).keys()
