@@ -94,6 +94,8 @@ def test_products_stand_beside_the_product_alone():
     (point,) = tables.points(file)
     assert (point.alone_us, point.peer, point.peer_us) == (102.0, "torch_fused", 120.0)
     assert point.noise == pytest.approx(0.04)
+    untuned = {**file, "table": None, "rows": [{**r, "picked": r["impl"] == "nccl+cublas"} for r in file["rows"]]}
+    assert tables.points(untuned) == [point] and tables.points({**untuned, "table": "1a2b"})[0].ours == "nccl+cublas"
     text = tables.details({"file.json": file})
     assert "| tpfuse (µs) | by | best peer (µs) | which | speed-up | limit reached | ÷ GEMM alone | A/A |" in text
     assert "| 105.0 | chunked | 120.0 | torch_fused | 1.14× | 2% | 1.029 | 4.0% |" in text

@@ -4,7 +4,8 @@
     python tools/tables.py --check    # exit 1 where they are not up to date
 
 A peer is whatever is not tpfuse's; the best one is chosen at each point anew.  tpfuse's time is that of the implementation that
-lowering picks by an earlier table, and of its fastest one only where a file marks none, which its heading then says.
+lowering picks by an earlier table, and of its fastest one only where a file marks none, which its heading then says.  Of products
+nothing is picked without a table.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def points(document: Mapping[str, Any]) -> list[Point]:
         own = [row for row in rows if row["impl"].startswith("tpfuse") and not row["impl"].endswith(AGAIN)]
         peers = [row for row in rows if not row["impl"].startswith(("tpfuse", *BOUNDS)) and not row["impl"].endswith(AGAIN)]
         alone = [row["us"] for row in rows if row["impl"].removesuffix(AGAIN) == ALONE]
-        marked = [row for row in rows if row.get("picked")]
+        marked = [row for row in rows if row.get("picked") and (document["what"] != "gemm" or document["table"])]
         if not (own or marked) or not peers:
             continue
         ours = marked[0] if marked else min(own, key=lambda row: row["us"])

@@ -250,7 +250,7 @@ def test_tables_of_the_documents_take_such_rows():
     from tools import tables
 
     times = {ALONE: [100.0], "nccl+cublas": [130.0], "tpfuse:chunked": [104.0], ALONE + AGAIN: [100.0]}
-    (found,) = tables.points({"what": "gemm", "rows": point().rows(times, 2, None)})
+    (found,) = tables.points({"what": "gemm", "table": None, "rows": point().rows(times, 2, None)})
     assert (found.ours, found.peer, found.where["intermediate"]) == ("tpfuse:chunked", "nccl+cublas", 14336)
 
 

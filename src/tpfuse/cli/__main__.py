@@ -205,6 +205,9 @@ def tune(
         str | None, typer.Option(metavar="N,N,…", help="Of the layers, one a width: also products next to collectives.")
     ] = None,
     product_tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts of the products.")] = None,
+    flashinfer: Annotated[
+        bool, typer.Option("--flashinfer/--no-flashinfer", help="Measure it where it is installed; building it takes minutes.")
+    ] = True,
     trials: Annotated[int, typer.Option(min=1, help="Replays of each graph, at most.")] = 15,
     limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The table; default: where this machine's is found.")] = None,
@@ -218,7 +221,7 @@ def tune(
         _console(), tp, options.numbers(tokens, command.TOKENS) if tokens != "" else [],
         options.numbers(hidden, command.HIDDEN), options.schemes(scheme, command.SCHEMES), dtype.value,
         (True,) if residual else (True, False), sequence_parallel, options.numbers(intermediate, ()),
-        options.numbers(product_tokens, command.PRODUCT_TOKENS), trials, limit_s, out, samples,
+        options.numbers(product_tokens, command.PRODUCT_TOKENS), flashinfer, trials, limit_s, out, samples,
     )  # fmt: skip
 
 

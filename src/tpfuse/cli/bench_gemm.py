@@ -112,9 +112,11 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
                 results.write(job.json, document())
 
     timer = ranks.timer(job.trials)
-    Sweep(place.world, built.named, timer.of, ranks.share, job.limit_s, tell).run(
-        job.points, lambda point: gemm.picked_impl(point, ranks.target, job.table)
-    )
+
+    def picked(point: GemmPoint) -> str | None:  # nothing is fused, or compared with peers, before it was measured
+        return gemm.picked_impl(point, ranks.target, job.table) if job.table.entries else None
+
+    Sweep(place.world, built.named, timer.of, ranks.share, job.limit_s, tell).run(job.points, picked)
     ranks.leave()
     return document()
 

@@ -91,6 +91,7 @@ def _figure(
     schemes, columns = list(dict.fromkeys(r["scheme"] for r in rows)), list(dict.fromkeys(map(column, rows)))
     impls = list(dict.fromkeys(r["impl"] for r in rows))
     colours = {impl: f"C{i}" for i, impl in enumerate(impls)}
+    tokens = sorted({r["tokens"] for r in rows})
     size = (4.6 * len(columns), 3.6 * len(schemes))
     figure, axes = plt.subplots(len(schemes), len(columns), figsize=size, squeeze=False, sharex=True)
     for scheme, line in zip(schemes, axes, strict=True):
@@ -104,6 +105,8 @@ def _figure(
             limits = sorted({(r["tokens"], r["limit_us"] / unit(r)) for r in own})
             axis.plot(*zip(*limits, strict=True), color="0.6", linewidth=1.0, label="limit") if limits else None
             axis.set(title=f"{scheme or 'no quantise'}, {head}", xscale="log", yscale=scale)
+            axis.set_xticks(tokens, list(map(str, tokens)), rotation=60 * (len(tokens) > 8))
+            axis.minorticks_off()
     for axis in axes[-1]:
         axis.set_xlabel("tokens")
     for line in axes:

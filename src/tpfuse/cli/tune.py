@@ -40,19 +40,20 @@ class Job:
     products: tuple[GemmPoint, ...]
     trials: int
     limit_s: float | None
+    flashinfer: bool = False
 
 
 def run(
     console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
-    residuals: Sequence[bool], sequence_parallel: bool, intermediate: Sequence[int], product_tokens: Sequence[int], trials: int,
-    limit_s: float | None, out: Path | None, samples: Path | None,
+    residuals: Sequence[bool], sequence_parallel: bool, intermediate: Sequence[int], product_tokens: Sequence[int],
+    flashinfer: bool, trials: int, limit_s: float | None, out: Path | None, samples: Path | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
     points = [p for residual in residuals for p in grid(schemes, hidden, sorted(set(tokens)), dtype, residual)]
     sharded = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points if p.residual and p.tokens % world == 0]
     products = products_of(schemes, hidden, intermediate, product_tokens, world, dtype)
-    job = Job(tuple(points), tuple(sharded if sequence_parallel else ()), tuple(products), trials, limit_s)
+    job = Job(tuple(points), tuple(sharded if sequence_parallel else ()), tuple(products), trials, limit_s, flashinfer)
     found = run_ranks(work, place, world, job)
     if place is not None and place.rank:
         return
@@ -96,7 +97,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     from tpfuse.measure.ranks import Ranks
     from tpfuse.runtime.detect import detect, machine
 
-    ranks = Ranks.join(place, job.points, eager=False, flashinfer=bool(job.points))
+    ranks = Ranks.join(place, job.points, eager=False, flashinfer=job.flashinfer and bool(job.points))
 
     def twice(impls: dict[str, Any]) -> dict[str, Any]:
         first = next(iter(impls))
