@@ -94,6 +94,16 @@ def test_fires(name: str, scheme: str, group: str) -> None:
         assert all(bound[k] == v for k, v in args.items() if not isinstance(v, Tensor) and k not in ("rows", "scale"))
 
 
+@pytest.mark.parametrize("name", [op.name for op in RULES if {"rounding2", "scheme"} <= set(op.params)])
+def test_the_outer_norm_of_a_sandwich_may_stay_in_fp32(name: str, group: str) -> None:
+    """As torch 2.11 leaves a norm that is quantised, while the inner one is rounded."""
+    op = registry[name]
+    args = {**sample(op, "fp8_tensor", group), "rounding": "cast_last", "rounding2": "cast_last+keep_f32"}
+    gm = graph(op, args, lambda results, env: results[0])
+    fused(gm, [op.fuse])
+    assert names(gm) == [name]
+
+
 def _decides(op: Op, scheme: str, result: int) -> bool:
     """Whether a chain of which only this result is alive is still the operator's."""
     if "scheme" in op.params:

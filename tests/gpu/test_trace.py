@@ -56,7 +56,8 @@ def test_a_layer(scheme: str, scatter: str, gather: str, tmp_path_factory: pytes
     chunked, unquantised = scatter == "chunked", scheme == ""
     assert sum(r["count"] for r in plain["NCCL"] if "AllReduce" in r["kernel"]) == 2, told
     assert count(plain["Inductor"]) >= 3, told  # two norms and the activation, and what quantises
-    assert set(own) == {"product", "tpfuse", "Inductor", *["copy"] * chunked, *["attention"] * unquantised}, told
+    assert set(own) - {"copy"} == {"product", "tpfuse", "Inductor", *["attention"] * unquantised}, told
+    assert "copy" in own or not chunked, told
     (activation,) = own["Inductor"]
     assert activation["count"] == 1 and not any(word in activation["kernel"] for word in NORMS), told
     launched = {r["kernel"]: r["count"] for r in own["tpfuse"]}

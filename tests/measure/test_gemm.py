@@ -100,7 +100,8 @@ def test_any_norm_behind_a_product_is_judged_by_the_one_that_was_measured(scheme
     p = point(NORM, scheme)
     table = Table("", {}, (Entry(p.op.name, "bfloat16", 2, ((None, "cuda:chunked"),), scheme, 8192, 7168),))
     args, product = gemm.shapes(p), "scaled_matmul" if scheme else "matmul"
-    given = {**args, "weight2": args["weight"], "eps2": 1e-6, "scale": None, "scheme": "fp8_group128", "layout": "row"}
+    second = {"weight2": args["weight"], "eps2": 1e-6, "rounding2": args["rounding"]}
+    given = {**args, **second, "scale": None, "scheme": "fp8_group128", "layout": "row"}
     for op in overlap.WITH_NORM:
         found = select.measured(op, {n: given[n] for n in op.params}, H100, table) if op.first.name == product else None
         assert (found is not None) == (op.first.name == product)

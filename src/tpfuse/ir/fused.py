@@ -26,7 +26,8 @@ def _collective_sample(*names: str, **shape: Any) -> dict[str, Any]:
     small = {**shape, "seed": 5}
     known = {
         **norm_sample(**shape), "residual": _residual(**shape), "bias": vector(**small) * 2e-3, "alpha": 0.22,
-        "weight2": vector(**small), "eps2": 3e-6, **quant_sample(**shape), "group": shape["group"],
+        "weight2": vector(**small), "eps2": 3e-6, "rounding2": norm_sample(**shape)["rounding"], **quant_sample(**shape),
+        "group": shape["group"],
     }  # fmt: skip
     return {name: known[name] for name in names}
 
@@ -89,19 +90,19 @@ def all_reduce_add_rms_norm(
 
 
 @op(
-    sample=sampler("x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "group"),
+    sample=sampler("x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "rounding2", "group"),
     rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm", guard=vectors,
 )  # fmt: skip
 def all_reduce_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
-    weight_bias: float = 0.0, rounding: str = "cast_first", group: str = "",
+    weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first", group: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sandwich of Gemma2/3, GLM-4 and OLMo2: h = residual + norm(sum over the ranks of x), then norm of h.
 
     x, residual: [..., hidden].  weight (inner), weight2 (outer): [hidden] or None → (outer norm, h).
     """
     inner, _ = all_reduce_rms_norm(x, weight, None, eps, weight_bias, rounding, group)
-    return add_rms_norm(inner, residual, weight2, eps2, weight_bias, rounding)
+    return add_rms_norm(inner, residual, weight2, eps2, weight_bias, rounding2)
 
 
 @op(
@@ -135,17 +136,17 @@ def all_reduce_add_rms_norm_quantize(
 
 @op(
     sample=sampler(
-        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "group"
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", "rounding2", *_QUANT, "group"
     ),
     rows="collective", row_args=("x", "residual"), fuse="all_reduce_norm_quantize", guard=vectors,
 )  # fmt: skip
 def all_reduce_rms_norm_add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
-    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
-    layout: str = "row", group: str = "",
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first",
+    scheme: str = "fp8_tensor", layout: str = "row", group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`all_reduce_rms_norm_add_rms_norm`, then `quantize` of the outer norm → (q, scales, outer norm, h)."""
-    norm, h = all_reduce_rms_norm_add_rms_norm(x, residual, weight, weight2, eps, eps2, weight_bias, rounding, group)
+    norm, h = all_reduce_rms_norm_add_rms_norm(x, residual, weight, weight2, eps, eps2, weight_bias, rounding, rounding2, group)
     q, scales = quantize(norm, scale, scheme, layout)
     return q, scales, norm, h
 

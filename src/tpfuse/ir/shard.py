@@ -72,13 +72,13 @@ def reduce_scatter_add_rms_norm(
 
 @op(
     sample=_sampler(
-        "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "padded", "group"
+        "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "rounding2", "padded", "group"
     ),
     rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
-    weight_bias: float = 0.0, rounding: str = "cast_first", padded: bool = True, group: str = "",
+    weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first", padded: bool = True, group: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sandwich on own rows: h = residual + norm(sum over the ranks of x), then norm of h.
 
@@ -86,7 +86,7 @@ def reduce_scatter_rms_norm_add_rms_norm(
     → (outer norm, h), of own rows.
     """
     inner, _ = reduce_scatter_rms_norm(x, weight, None, eps, weight_bias, rounding, padded, group)
-    return add_rms_norm(inner, residual, weight2, eps2, weight_bias, rounding)
+    return add_rms_norm(inner, residual, weight2, eps2, weight_bias, rounding2)
 
 
 @op(
@@ -123,18 +123,19 @@ def reduce_scatter_add_rms_norm_quantize(
 
 @op(
     sample=_sampler(
-        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "padded", "group"
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", "rounding2", *_QUANT,
+        "padded", "group",
     ),
     rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm_quantize(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
-    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
-    layout: str = "row", padded: bool = True, group: str = "",
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first",
+    scheme: str = "fp8_tensor", layout: str = "row", padded: bool = True, group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reduce_scatter_rms_norm_add_rms_norm`, then `quantize` of the outer norm → (q, scales, norm, h), of own rows."""
     norm, h = reduce_scatter_rms_norm_add_rms_norm(
-        x, residual, weight, weight2, eps, eps2, weight_bias, rounding, padded, group
+        x, residual, weight, weight2, eps, eps2, weight_bias, rounding, rounding2, padded, group
     )  # fmt: skip
     q, scales = quantize(norm, scale, scheme, layout)
     return q, scales, norm, h
@@ -174,18 +175,18 @@ def reduce_scatter_add_rms_norm_all_gather(
 
 @op(
     sample=_sampler(
-        "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "padded", "rows", "group"
+        "x", "residual", "weight", "weight2", "eps", "eps2", "weight_bias", "rounding", "rounding2", "padded", "rows", "group"
     ),
     rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm_all_gather(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, eps: float = 1e-6, eps2: float = 1e-6,
-    weight_bias: float = 0.0, rounding: str = "cast_first", padded: bool = True, rows: int | None = None,
-    group: str = "",
+    weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first", padded: bool = True,
+    rows: int | None = None, group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`reduce_scatter_rms_norm_add_rms_norm`, then the outer norm of all rows → (norm of all rows, own norm, own h)."""
     norm, h = reduce_scatter_rms_norm_add_rms_norm(
-        x, residual, weight, weight2, eps, eps2, weight_bias, rounding, padded, group
+        x, residual, weight, weight2, eps, eps2, weight_bias, rounding, rounding2, padded, group
     )  # fmt: skip
     return all_gather(norm, group, rows), norm, h
 
@@ -228,20 +229,20 @@ def reduce_scatter_add_rms_norm_quantize_all_gather(
 
 @op(
     sample=_sampler(
-        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", *_QUANT, "padded", "rows",
-        "group",
+        "x", "residual", "weight", "weight2", "scale", "eps", "eps2", "weight_bias", "rounding", "rounding2", *_QUANT,
+        "padded", "rows", "group",
     ),
     rows="collective", row_args=("x", "residual"), fuse="sequence_parallel", guard=vectors,
 )  # fmt: skip
 def reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather(
     x: Tensor, residual: Tensor, weight: Tensor | None, weight2: Tensor | None, scale: Tensor | None, eps: float = 1e-6,
-    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", scheme: str = "fp8_tensor",
-    layout: str = "row", padded: bool = True, rows: int | None = None, group: str = "",
+    eps2: float = 1e-6, weight_bias: float = 0.0, rounding: str = "cast_first", rounding2: str = "cast_first",
+    scheme: str = "fp8_tensor", layout: str = "row", padded: bool = True, rows: int | None = None, group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`reduce_scatter_rms_norm_add_rms_norm_quantize`, then the quantised rows of all ranks with their scales by `layout`
     → (q and scales of all rows, own rows' norm, own rows' h)."""
     q, scales, norm, h = reduce_scatter_rms_norm_add_rms_norm_quantize(
-        x, residual, weight, weight2, scale, eps, eps2, weight_bias, rounding, scheme, layout, padded, group
+        x, residual, weight, weight2, scale, eps, eps2, weight_bias, rounding, rounding2, scheme, layout, padded, group
     )
     q, scales = all_gather_quantized(q, scales, scheme, layout, group, rows)
     return q, scales, norm, h

@@ -39,7 +39,8 @@ class Outputs(NamedTuple):
 class NormCall:
     """h = residual + alpha * (sum of x + bias), norm of h, quantised; `alive`: which of `Outputs` are wanted.
 
-    x, residual: [..., hidden], one dtype.  With `sandwich`: h = residual + norm(sum of x), then a norm by weight2, eps2.
+    x, residual: [..., hidden], one dtype.  With `sandwich`: h = residual + norm(sum of x), then a norm by weight2, eps2,
+    rounding2.
     """
 
     operator: str
@@ -55,6 +56,7 @@ class NormCall:
     alpha: float = 1.0
     weight2: Tensor | None = None
     eps2: float = 0.0
+    rounding2: str = "cast_first"
     sandwich: bool = False
     scale: Tensor | None = None
     scheme: str = ""
@@ -64,10 +66,15 @@ class NormCall:
     def quantised(self) -> bool:
         return bool(self.scheme) and (self.alive[0] or self.alive[1])
 
+    @property
+    def keeps_f32(self) -> bool:
+        """Whether the norm that is returned stays in FP32."""
+        return Rounding.parse(self.rounding2 if self.sandwich else self.rounding).keep_f32
+
     def outputs(self) -> Outputs:
         x = self.x
         q, scales = quantize_fake(x, self.scheme, self.layout) if self.quantised else (x.new_empty(0), x.new_empty(0))
-        dtype = torch.float32 if keeps_f32(self.rounding) else x.dtype
+        dtype = torch.float32 if self.keeps_f32 else x.dtype
         norm = x.new_empty(x.shape if self.alive[2] else (0,), dtype=dtype)
         return Outputs(q, scales, norm, x.new_empty(x.shape if self.alive[3] else (0,)))
 
@@ -136,11 +143,6 @@ def quantised_views(q: Tensor, scales: Tensor, scheme: str) -> tuple[Tensor, Ten
     if scheme and q.dtype == torch.uint8:
         return q.view(torch.int8), scales.view(torch.int8)
     return q, scales
-
-
-def keeps_f32(rounding: str) -> bool:
-    """Whether the norm stays in FP32."""
-    return Rounding.parse(rounding).keep_f32
 
 
 def scale_strides(scales: Tensor) -> tuple[int, int]:

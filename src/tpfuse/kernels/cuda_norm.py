@@ -60,7 +60,7 @@ def macros_of(call: NormCall, rank: int, world: int, plan: BlockPlan, **flags: A
     """What is fixed when a kernel is compiled."""
     macros = {
         **call.flags(0), "HALF": call.x.dtype == torch.float16, "WORLD": world, "RANK": rank, "THREADS": plan.threads,
-        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": calls.keeps_f32(call.rounding), "OWN_NORM": False, **flags,
+        "VPT": plan.held, "MIN_BLOCKS": plan.resident, "NORM_F32": call.keeps_f32, "OWN_NORM": False, **flags,
     }  # fmt: skip
     return literals(macros)
 

@@ -45,7 +45,7 @@ class ShardCall(NormCall):
         q, scales = none, none
         if self.quantised:
             q, scales = quantize_fake(x if self.gather else x.new_empty(shard), self.scheme, self.layout)
-        dtype = torch.float32 if calls.keeps_f32(self.rounding) else x.dtype
+        dtype = torch.float32 if self.keeps_f32 else x.dtype
         norm = torch.empty_like(x) if self.all_rows else none
         own_norm = x.new_empty(shard, dtype=dtype) if self.alive[2] else none
         return ShardOutputs(q, scales, norm, own_norm, x.new_empty(shard) if self.alive[3] else none)

@@ -18,7 +18,7 @@ def sharded_supports(args: Args, target: Target) -> Decline | None:
         return reason
     if args["x"].dim() != 2:
         return Decline("dimensions", f"rows of a matrix are sharded, not {args['x'].dim()} dimensions")
-    if "rows" in args and "scheme" not in args and Rounding.parse(args["rounding"]).keep_f32:
+    if "rows" in args and "scheme" not in args and Rounding.parse(args.get("rounding2", args["rounding"])).keep_f32:
         return Decline("rounding", "a gathered norm that stays in FP32")
     return None
 
