@@ -23,6 +23,7 @@ PIPELINE = "tests/dist/test_agreement.py::test_subgroups"
 SEAMS = "tests/test_seams.py"
 ONE_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[one_shot-2]"
 TWO_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[two_shot-2]"
+LAYER = "tests/measure/test_trace.py::test_nothing_is_left_between_products"
 ASYNC_TP = "tests/fusion/test_async_tp.py"
 NEAR = "tests/test_near_misses.py::test_reason"
 
@@ -131,6 +132,21 @@ MUTANTS = [
     Mutant("own rows taken for all", "runtime/symbols.py", "shim.expression(world * ", "shim.expression(",
            ("tests/dist/test_tables.py::test_rows_that_ranks_keep_count_together",)),
     Mutant("config not in the cache key", "runtime/key.py", "repr(config), ", "", (f"{SEAMS}::test_uuid_of_inductor_pass",)),
+    Mutant("attention left beside its raised form", "raising/attention.py",
+           "if is_call(call, *_NAMES) and not call.users:", "if False:", (f"{LAYER}[llama-all_reduced-fp8_tensor]",)),
+    Mutant("bytes gathered as bytes", "raising/collectives.py", "return users if back else []", "return []",
+           ("tests/raising/test_collectives.py::test_a_gather_of_bytes[undone]",)),
+    Mutant("bytes gathered for others too", "raising/collectives.py", "return users if back else []", "return users",
+           ("tests/raising/test_collectives.py::test_a_gather_of_bytes[kept]",)),
+    Mutant("outer norm rounds as the inner", "ir/fused.py", "residual, weight2, eps2, weight_bias, rounding2)",
+           "residual, weight2, eps2, weight_bias, rounding)",
+           ("tests/fusion/test_rules.py::test_the_outer_norm_of_a_sandwich_may_stay_in_fp32",)),
+    Mutant("embedding shared out", "cli/models.py", '"embedding" in style or "grad" in style', '"grad" in style',
+           ("tests/cli/test_models.py::test_a_plan_shares_out_neither_embeddings_nor_gradients[False-llama]",)),
+    Mutant("steps timed with the prefills", "measure/serve.py", "firsts[-1].elapsed_time(end)", "start.elapsed_time(end)",
+           ("tests/measure/test_serve.py::test_times_add_up",)),
+    Mutant("batches that share a cache", "measure/serve.py", "tuple(t[begin:end] for t in cache)",
+           "tuple(t[: end - begin] for t in cache)", ("tests/measure/test_serve.py::test_batches_have_rows_of_their_own",)),
 ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from tpfuse.cli.models import BadInput
 from tpfuse.cli.plots import save_served
 from tpfuse.measure.e2e import ASYNC, OURS, PLAIN, ROOM, Runner, Variants
 from tpfuse.measure.points import AGAIN
-from tpfuse.measure.serve import TOTAL, TPOT, TTFT, Load, Served
+from tpfuse.measure.serve import TOTAL, TPOT, TTFT, Load, Served, _rows_of
 from tpfuse.measure.stack import Stack
 from tpfuse.testing import interpreted
 
@@ -66,6 +66,11 @@ def test_a_load(ranks: Any, name: str) -> None:
             assert (rows[0][TTFT], rows[0][TPOT], rows[0]["layers"]) == (7e3, 7e3, 2)
             assert [set(part) for part in rows[2]["operators"]] == [{"all_reduce_add_rms_norm by reference"}] * 2
             assert graphs <= 2  # of decode: one for a sequence alone, one for all other numbers of them and lengths
+
+
+def test_batches_have_rows_of_their_own() -> None:
+    caches: Any = [(torch.arange(6.0).view(6, 1),)]
+    assert [part[0][0].flatten().tolist() for part in (_rows_of(caches, 0, 2), _rows_of(caches, 4, 6))] == [[0, 1], [4, 5]]
 
 
 def test_who_prefills_and_who_decodes() -> None:
