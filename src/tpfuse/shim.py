@@ -338,11 +338,6 @@ def mark_dynamic(tensor: Tensor, dim: int) -> None:
     torch._dynamo.mark_dynamic(tensor, dim)
 
 
-def compile_often(count: int) -> None:
-    """From now on Dynamo compiles one function for at least so many kinds of arguments before it gives up."""
-    torch._dynamo.config.recompile_limit = max(count, torch._dynamo.config.recompile_limit)
-
-
 def boxed(function: Callable[..., Any]) -> Callable[[list[Any]], Any]:
     """A callable that takes one list of arguments and clears it, as AOTAutograd passes them."""
     from torch._functorch.aot_autograd import make_boxed_func

@@ -115,7 +115,6 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     machine = results.environment()
     flashinfer = "flashinfer" in ranks.target.backends
     points: list[Any] = [*((n, job.cached) for n in job.decode), *((n, None) for n in job.prefill), *job.loads]
-    shim.compile_often(2 * len(points) + 8)  # a graph for every size of a prefill
     decoded = [*job.decode, *(load.sequences for load in job.loads)]
     prefilled = [*job.prefill, *(load.batch * load.prompt for load in job.loads)]
 
@@ -132,11 +131,12 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
             if job.limit_s is not None and ranks.share(time.monotonic() - begin)[0] > job.limit_s:
                 break
             progress(f"{name} {scheme}, {point}", 0, 0)
-            if isinstance(point, Load):
-                found = Served(runner, point, prefill.serving()).measure(timer, ranks.share)
-            else:
-                tokens, cached = point
-                found = runner.measure(timer, tokens, cached, ranks.share)
+            with shim.recompiled_at_will():  # a graph for every size of a prefill
+                if isinstance(point, Load):
+                    found = Served(runner, point, prefill.serving()).measure(timer, ranks.share)
+                else:
+                    tokens, cached = point
+                    found = runner.measure(timer, tokens, cached, ranks.share)
             rows += [{**row, "shape": name} for row in found]
             if place.rank == 0:
                 times = "  ".join(f"{row['impl']} {row['us']:.1f}" for row in found)

@@ -142,10 +142,7 @@ def check_ranks(config: PreTrainedConfig, tp: int) -> None:
     text = config.get_text_config()
     heads = {"attention heads": text.num_attention_heads, "key/value heads": getattr(text, "num_key_value_heads", None)}
     heads = {name: size for name, size in heads.items() if size}
-    with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(config)
+    model = _outline(config)
     plan = getattr(model, "tp_plan", None)
     if tp > 1 and not plan:
         raise BadInput(f"architecture {config.model_type!r}: its model has no tensor-parallel plan in transformers")
@@ -156,6 +153,14 @@ def check_ranks(config: PreTrainedConfig, tp: int) -> None:
         sizes = [*heads.values(), *widths.values()]
         works = [n for n in range(1, text.num_attention_heads + 1) if not any(size % n for size in sizes)]
         raise BadInput(f"--tp {tp} does not divide {', '.join(wrong)}; --tp {' or '.join(map(str, works))} would work")
+
+
+def _outline(config: PreTrainedConfig, **keywords: Any) -> Any:
+    """The whole model on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **keywords)
 
 
 def _sharded_widths(model: nn.Module, plan: dict[str, str]) -> dict[str, int]:
@@ -197,8 +202,7 @@ def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> Pre
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
-        with torch.device("meta"):
-            plan = plan_of(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+        plan = plan_of(_outline(AutoConfig.from_pretrained(folder)))
         keywords["distributed_config"] = DistributedConfig(tp_size=tp, tp_plan=plan)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval().requires_grad_(False)
     localise(model)
@@ -207,19 +211,15 @@ def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> Pre
 
 def build(config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> PreTrainedModel:
     """Rank 0's shard without weights: tensors on the meta device.  The process group, real or fake, must be there."""
-    from transformers import AutoModelForCausalLM
-
     # A plan names the weights of embedding and head both; a model that is made whole has tied them to one already.
     untied = copy.deepcopy(config)
     untied.tie_word_embeddings = untied.get_text_config().tie_word_embeddings = False
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(untied, dtype=dtype).eval().requires_grad_(False)
-        plan = plan_of(AutoModelForCausalLM.from_config(config))
+    model = _outline(untied, dtype=dtype).eval().requires_grad_(False)
     if tp > 1:
         from transformers.distributed import DistributedConfig
 
         os.environ.setdefault("LOCAL_RANK", "0")  # transformers 5.17 reads it where there is a GPU
-        wanted, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=tp, tp_plan=plan))
+        wanted, _, mesh = model.prepare_distribute_model(DistributedConfig(tp_size=tp, tp_plan=plan_of(_outline(config))))
         model = model.maybe_distribute_model(model, wanted, mesh)
         localise(model)
     return model

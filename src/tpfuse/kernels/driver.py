@@ -72,6 +72,7 @@ def _enter(device: int) -> None:
     library, context = shim.cuda_library(), ctypes.c_void_p()
     _check(library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
     _check(library.cuCtxSetCurrent(context))
+    _check(library.cuDevicePrimaryCtxRelease(device))  # torch holds it
 
 
 def source_text(sources: tuple[str, ...]) -> str:
