@@ -62,5 +62,5 @@ def served(rank: int, world: int, name: str) -> int:
 def test_back_ends(name: str) -> None:
     if name.startswith("flashinfer") and importlib.util.find_spec("flashinfer") is None:
         pytest.skip("FlashInfer is not installed")
-    least = 12 if name.startswith("flashinfer") else 16
+    least = {"nccl": 19, "flashinfer:one_shot": 12}.get(name, 15)  # torch sums no float16
     assert all(n >= least for n in run_spawned(served, WORLD, name, environment={}, keep=True, timeout=300))

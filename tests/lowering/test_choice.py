@@ -152,6 +152,12 @@ def test_torchs_two_shot_serves_even_worlds_and_its_one_shot_every_one():
     assert pick(OP, arguments(), three, "torch").name == "torch:one_shot"
 
 
+def test_torchs_symmetric_memory_sums_no_float16():
+    here = Target("cuda", 90, 2, True, backends=frozenset({"torch"}))
+    found = pick(OP, arguments(dtype=torch.float16), here, "torch")
+    assert isinstance(found, Decline) and "does not sum torch.float16" in found.detail
+
+
 def test_every_launcher_of_a_peer_exists():
     pytest.importorskip("triton")
     from tpfuse.ir.op import load

@@ -10,6 +10,7 @@ its barrier is unsafe, and at no size that was measured is it the fastest (bench
 
 from __future__ import annotations
 
+import torch
 from torch.torch_version import TorchVersion
 
 from tpfuse.formats import Layout, Scheme
@@ -23,6 +24,7 @@ from tpfuse.target import Target
 FLASHINFER_WORLDS = (2, 4, 8)
 FLASHINFER_SINCE = "0.6.12"  # Gemma's weight_bias
 TWO_SHOT_WORLDS = (2, 4, 8)
+SYMMETRIC_DTYPES = (torch.bfloat16, torch.float32)
 
 
 def reduced_supports(args: Args, target: Target) -> Decline | None:
@@ -34,11 +36,18 @@ def reduced_supports(args: Args, target: Target) -> Decline | None:
     return collective_supports(args, target)
 
 
+def symmetric_supports(args: Args, target: Target) -> Decline | None:
+    """For our norm behind torch's symmetric memory."""
+    if args["x"].dtype not in SYMMETRIC_DTYPES:
+        return Decline("dtype", f"torch's symmetric memory does not sum {args['x'].dtype}")
+    return reduced_supports(args, target)
+
+
 def two_shot_supports(args: Args, target: Target) -> Decline | None:
     """For torch's two-shot."""
     if target.world not in TWO_SHOT_WORLDS:
         return Decline("world_size", f"{target.world} ranks: torch's two-shot serves {TWO_SHOT_WORLDS}")
-    return reduced_supports(args, target)
+    return symmetric_supports(args, target)
 
 
 def flashinfer_supports(args: Args, target: Target) -> Decline | None:
@@ -81,7 +90,7 @@ for _op in (
     fused.all_reduce_add_rms_norm_quantize,
 ):  # fmt: skip
     _op.kernel("nccl", f"tpfuse.kernels.nccl:{_op.name}", reduced_supports, on_request=True)
-    for _algorithm, _supports in (("one_shot", reduced_supports), ("two_shot", two_shot_supports)):
+    for _algorithm, _supports in (("one_shot", symmetric_supports), ("two_shot", two_shot_supports)):
         _op.kernel(
             "torch", f"tpfuse.kernels.torch_symm:{_algorithm}_{_op.name}", _supports, _algorithm,
             "tpfuse.kernels.torch_symm:prepare", on_request=True,

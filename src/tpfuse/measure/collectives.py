@@ -95,6 +95,8 @@ class Collectives:
         return {next(iter(found)) + AGAIN: next(iter(found.values())), **found}
 
     def _symmetric(self, point: Point) -> dict[str, Callable[[int], Any]]:
+        if point.torch_dtype not in peer_kernels.SYMMETRIC_DTYPES:
+            return {}
         self.prepare("tpfuse.kernels.torch_symm:prepare")
         x, norm, name = self.arguments(point)["x"], self.norm(point), self.group.group_name
         message: Tensor = load("tpfuse.kernels.torch_symm:message_of")(name, x)
