@@ -38,6 +38,10 @@ def test_a_stale_one_counts_only_where_it_is_named(own):
     assert found == table and event.reason.code == "stale_table"
 
 
+def test_ranks_may_keep_their_files_where_they_like():
+    assert Config(table="a", dump="b").lines() == Config().lines() != Config(strict=True).lines()
+
+
 def test_direct_calls_take_the_kernel_that_was_measured(monkeypatch):
     import functools
 

@@ -77,8 +77,8 @@ class Config:
         return cls(**values)
 
     def lines(self) -> list[str]:
-        """A line for each field, for ranks to compare."""
-        return [f"config {field.name}={getattr(self, field.name)!r}" for field in fields(self)]
+        """A line for each field that ranks must agree on: all but the paths of their own files."""
+        return [f"config {f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("table", "dump")]
 
     def enabled(self, name: str) -> bool:
         return name not in self.disable_passes and (self.passes is None or name in self.passes)

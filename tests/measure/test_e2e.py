@@ -141,6 +141,18 @@ def test_torch_overlaps_every_collective_of_the_form_that_it_is_given(ranks, sch
     assert ranks.run(overlapped, scheme, timeout=120) == [want] * 2
 
 
+def test_what_one_rank_cannot_compile_no_rank_measures():
+    def fails(i):
+        raise NotImplementedError("no such product\nand more")
+
+    runner = Runner(Stack(TINY["llama"], 1, 1, torch.float32, "cpu"), [], [])
+    steps = {PLAIN: lambda i: None, ASYNC: lambda i: None}
+    assert runner.working(steps, lambda mine: [mine, ""]) == steps and not runner.notes
+    assert list(runner.working(steps, lambda mine: [mine, "it failed"])) == [PLAIN]
+    assert list(runner.working({**steps, ASYNC: fails}, lambda mine: [mine, ""])) == [PLAIN]
+    assert [n.split("measured: ")[1] for n in runner.notes] == ["it failed", "NotImplementedError: no such product"]
+
+
 def test_shapes_are_shared_only_by_ranks_that_divide_them():
     assert all(shape.check(world) is None for shape in SHAPES.values() for world in (2, 4, 8))
     assert SHAPES["8b"].check(3) == "intermediate = 14336 is no multiple of 3"

@@ -14,6 +14,7 @@ from rich.table import Table as Grid
 from tpfuse.cli.bench import need_gpus, points_of, run_ranks
 from tpfuse.cli.launch import Place, Progress
 from tpfuse.cli.models import BadInput
+from tpfuse.lowering.table import Table
 from tpfuse.measure import results
 from tpfuse.measure.linears import SCHEMES
 from tpfuse.measure.serve import TPOT, TTFT, Load
@@ -59,7 +60,7 @@ def e2e(
     if odd := [n for n in (*prefill, *(load.batch * load.prompt for load in loads)) if n % world]:
         raise BadInput(f"a prefill's rows are shared out: {odd} are no multiples of {world}")
     place = need_gpus(world)
-    extra = {"world": world, "commit": commit or results.commit()}
+    extra = {"world": world, "commit": commit or results.commit(), "table": Table.load(table).digest if table else None}
     job = Job(
         tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), tuple(loads), layers, cached, trials,
         str(table) if table else None, limit_s, extra, json,
@@ -68,6 +69,8 @@ def e2e(
     if place is None or place.rank == 0:
         show(console, [row for row in document["rows"] if row["op"] != "serve"])
         show_served(console, [row for row in document["rows"] if row["op"] == "serve"])
+        for note in document["notes"]:
+            console.print(note, highlight=False)
         if plot:
             from tpfuse.cli.plots import save_served
 
@@ -143,6 +146,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
                 print(f"{name} {scheme or 'none'} {layers} layers {found[0]['op']} {found[0]['tokens']}: {times}", flush=True)
                 if job.json:
                     results.write(job.json, document())
+        ranks.notes += sorted({*runner.notes} - {*ranks.notes})
         del runner, stack
         torch.compiler.reset()
         torch.cuda.empty_cache()

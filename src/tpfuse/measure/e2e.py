@@ -91,10 +91,10 @@ class Variants:
 
 class Runner:
     """One rank's variants of a stack, each compiled when it is first called: once for every number of sequences that a decode
-    step has, and for each number of tokens of a prefill anew."""
+    step has, and for each number of tokens of a prefill anew.  notes: what could not be measured, and why."""
 
     def __init__(self, stack: Stack, decode: list[Variant], prefill: list[Variant]) -> None:
-        self.stack = stack
+        self.stack, self.notes = stack, list[str]()
         self.decode = {v.name: v.compiled(stack, None) for v in decode}
         self.prefill = {v.name: v.compiled(stack, False) for v in prefill}
 
@@ -117,6 +117,20 @@ class Runner:
         dist.broadcast(x, 0)
         return x
 
+    def working(self, steps: dict[str, Step], share: Callable[[Any], list[Any]]) -> dict[str, Step]:
+        """The steps without torch's async TP where any rank cannot compile it, which `notes` then say.  Collective."""
+        reason = ""
+        try:
+            if ASYNC in steps:
+                steps[ASYNC](0)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reasons = list(filter(None, share(reason)))
+        if reasons:
+            self.prefill.pop(ASYNC, None)
+            self.notes.append(f"{self.stack.scheme or 'none'}: {ASYNC} was not measured: {reasons[0]}")
+        return {name: step for name, step in steps.items() if name != ASYNC or not reasons}
+
     def measure(self, timer: Timer, tokens: int, cached: int | None, share: Callable[[Any], list[Any]]) -> list[dict[str, Any]]:
         """Rows of a result file: microseconds a layer, the slowest rank's; `difference`: of the output, from the plain one's;
         `operators`: what tpfuse fused.
@@ -125,6 +139,7 @@ class Runner:
         one sequence, whose kernels are launched one by one (torch's async TP is Python code), the device not waiting for a host.
         """
         steps = self.prefill_steps(tokens) if cached is None else self.decode_steps(tokens, cached)
+        steps = self.working(steps, share)
         want = steps[PLAIN](0).double()
         differences = {n: float((s(0).double() - want).norm() / want.norm()) for n, s in steps.items() if n != ROOM}
         again = {PLAIN + AGAIN: steps[PLAIN], **steps}

@@ -43,8 +43,9 @@ def sequence_parallel(group: dist.ProcessGroup) -> Form:
     def gather(x: Tensor) -> Tensor:
         return _c10d.wait_tensor(_c10d.all_gather_into_tensor(x, world, name))
 
-    def whole(x: Tensor) -> Tensor:  # as bytes where they are bytes: not every back end moves FP8
-        return gather(x.view(torch.uint8)).view(x.dtype) if x.dtype.itemsize == 1 else gather(x)
+    def whole(x: Tensor) -> Tensor:
+        # gloo moves no FP8; torch's own overlap, which needs a GPU, takes bytes for the rows of a product
+        return gather(x.view(torch.uint8)).view(x.dtype) if x.is_cpu and x.dtype.itemsize == 1 else gather(x)
 
     def scatter(x: Tensor) -> Tensor:
         return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(x, "sum", world, name))

@@ -42,6 +42,7 @@ class Served:
 
     def __init__(self, runner: Runner, load: Load, pairs: Mapping[str, tuple[str, str]]) -> None:
         self.load, self.runner = load, runner
+        pairs = {name: pair for name, pair in pairs.items() if pair[0] in runner.prefill}
         self.pairs = {PLAIN + AGAIN: pairs[PLAIN], **pairs}
         prompts, tokens = runner.rows(load.batch * load.prompt), runner.rows(load.sequences)
         self.caches = caches = runner.stack.caches(load.sequences, load.length)
@@ -56,6 +57,8 @@ class Served:
     def measure(self, timer: Timer, share: Callable[[Any], list[Any]]) -> list[dict[str, Any]]:
         """Rows of a result file: `us` of the whole load, the slowest rank's; mean microseconds to first tokens, a step's
         microseconds, and tokens a second of all sequences together."""
+        working = self.runner.working({name: prefills[0] for name, prefills in self.prefills.items()}, share)
+        self.pairs = {name: pair for name, pair in self.pairs.items() if name in working}
         found = slowest(share(self.times(timer)))
         load = self.load
         rows = []
@@ -74,11 +77,11 @@ class Served:
 
     def times(self, timer: Timer) -> dict[str, list[float]]:
         """Microseconds by implementation and metric, one a trial, the implementations taking turns."""
-        for name, prefills in self.prefills.items():  # compiled before any capture
-            for run in (*prefills, self.steps[name]):
+        for name in self.pairs:  # compiled before any capture
+            for run in (*self.prefills[name], self.steps[name]):
                 run(0)
         pool = torch.cuda.graph_pool_handle()
-        graphs = {name: timer.graph(step, 1, pool) for name, step in self.steps.items()}
+        graphs = {name: timer.graph(self.steps[name], 1, pool) for name in self.pairs}
         samples: dict[str, list[float]] = {f"{name} {metric}": [] for name in graphs for metric in (TTFT, TPOT, TOTAL)}
         for trial in range(timer.trials + WARM):
             for name, graph in graphs.items():
