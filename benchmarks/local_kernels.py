@@ -41,9 +41,9 @@ SETS_BYTES = 1 << 28  # of the inputs that a graph's calls go round
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 SCHEMES = {"fp8_tensor": (8, 512, 4096), "fp8_token": (8, 4096), "fp8_group128": (8, 512, 4096), "nvfp4": (8, 4096)}
 TILES = {
-    128: [(128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)],
-    64: [(128, 128, 8, 2), (128, 64, 4, 3), (128, 128, 4, 3)],
-    192: [(128, 128, 8, 2), (128, 64, 8, 3)],
+    128: [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)],
+    64: [(128, 128, 8, 2), (128, 64, 4, 3), (128, 128, 4, 2)],
+    192: [(128, 128, 8, 2), (128, 64, 8, 2)],
     256: [(64, 64, 4, 2)],
 }
 
@@ -175,7 +175,7 @@ def attended(backend: SDPBackend) -> Callable[..., Any]:
 
 def attentions(tiles: bool) -> Iterator[Point]:
     llama, mla = ((32, 8), 128, 128), ((16, 16), 192, 128)
-    sizes = [(llama, "fp8_tensor", tokens) for tokens in (16, 128, 512, 2048, 8192)]
+    sizes = [(llama, "fp8_tensor", tokens) for tokens in (16, 128, 512, 2048, 4096, 8192)]
     sizes += [(llama, "fp8_group128", 2048), (llama, "nvfp4", 2048), (mla, "fp8_group128", 2048)]
     sizes += [(((32, 8), 64, 64), "fp8_tensor", 2048), (((16, 8), 256, 256), "fp8_tensor", 2048)]
     for ((q_heads, k_heads), width, v_width), scheme, tokens in sizes:

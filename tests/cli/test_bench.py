@@ -17,3 +17,8 @@ def test_bad_options_end_before_a_rank_starts(cli, monkeypatch, options, told):
     status, _, errors = cli("bench", "collectives", *options)
     assert status == 1
     assert told in " ".join(errors.split())
+
+
+def test_what_others_are_compared_with_is_never_left_out(cli):
+    status, _, errors = cli("bench", "e2e", "--without", "nccl+inductor,torch_async_tp")
+    assert status == 1 and "nccl+inductor cannot be left out" in " ".join(errors.split())

@@ -77,15 +77,32 @@ def test_widths(width: int, v_width: int) -> None:
             check(args)
 
 
+def launched(fn: Any) -> list[str]:
+    """The kernels of a call."""
+    fn()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        fn()
+        torch.cuda.synchronize()
+    return [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA and "Mem" not in e.name]
+
+
 def test_one_launch() -> None:
     from tpfuse.kernels.attention import attention_quantize as launch
 
     args = arguments(1, (8, 2), 300, 300, 128, 128, True, "fp8_group128", "row", dtype=torch.bfloat16, device="cuda")
-    launch(*args.values(), alive=(True, True, False))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        launch(*args.values(), alive=(True, True, False))
-        torch.cuda.synchronize()
-    assert [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA] == ["attention_kernel"]
+    assert launched(lambda: launch(*args.values(), alive=(True, True, False))) == ["attention_kernel"]
+
+
+@pytest.mark.parametrize("scheme, layout", [("fp8_tensor", "row"), ("fp8_group128", "col+tma"), ("nvfp4", "swizzled_128x4")])
+def test_long_prompts_take_torchs_attention(scheme: str, layout: str) -> None:
+    from tpfuse.kernels.attention import MOST_KEYS
+    from tpfuse.kernels.attention import attention_quantize as launch
+
+    tokens = MOST_KEYS + 57
+    args = arguments(1, (4, 2), tokens, tokens, 128, 128, True, scheme, layout, dtype=torch.bfloat16, device="cuda")
+    check(args)
+    *_, last = names = launched(lambda: launch(*args.values(), alive=(True, True, False)))
+    assert last == "quantise_heads_kernel" and len(names) == 2
 
 
 def test_compiled_model_picks_it() -> None:

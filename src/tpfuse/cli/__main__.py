@@ -142,6 +142,7 @@ def e2e(
     layers: Annotated[str, typer.Option(help='Layers of the stack; "max": as many as fit, at most the model\'s.')] = "4",
     cached: Annotated[int, typer.Option(min=1, help="Positions that a decode step reads.")] = 1024,
     trials: Annotated[int, typer.Option(min=1, help="Samples of each step.")] = 15,
+    without: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Implementations to leave out.")] = "",
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
     limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
@@ -155,7 +156,7 @@ def e2e(
     command.e2e(
         _console(), world, shape.split(","), options.schemes(scheme, ()), options.numbers(decode, ()) if decode else [],
         options.numbers(prefill, ()) if prefill else [], command.loads_of(serve, output), command.layers_of(layers), cached,
-        trials, table, limit_s, json, plot, commit,
+        trials, without.split(",") if without else [], table, limit_s, json, plot, commit,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from tpfuse.cli.launch import Place, Progress
 from tpfuse.cli.models import BadInput
 from tpfuse.lowering.table import Table
 from tpfuse.measure import results
+from tpfuse.measure.e2e import OPTIONAL
 from tpfuse.measure.linears import SCHEMES
 from tpfuse.measure.serve import TPOT, TTFT, Load
 from tpfuse.measure.stack import LAYERS, SHAPES, Stack
@@ -26,9 +27,9 @@ SPARE = 0.2  # of the free memory: for activations, graphs and workspaces beside
 @dataclass(frozen=True)
 class Job:
     """decode: sequences that take a step together.  prefill: tokens of one sequence.  loads: what is served.  layers: None for as
-    many as fit.  cached: positions read by a decode step.  limit_s: when to begin no further point.  extra: what else belongs at
-    the top of the result file.  json: where rank 0 writes it, anew after each point, so that a run that is cut off leaves what it
-    had."""
+    many as fit.  cached: positions read by a decode step.  without: variants to leave out.  limit_s: when to begin no further
+    point.  extra: what else belongs at the top of the result file.  json: where rank 0 writes it, anew after each point, so that
+    a run that is cut off leaves what it had."""
 
     shapes: tuple[str, ...]
     schemes: tuple[str, ...]
@@ -38,6 +39,7 @@ class Job:
     layers: int | None
     cached: int
     trials: int
+    without: tuple[str, ...]
     table: str | None
     limit_s: float | None
     extra: Mapping[str, Any]
@@ -46,8 +48,8 @@ class Job:
 
 def e2e(
     console: Console, world: int, shapes: Sequence[str], schemes: Sequence[str], decode: Sequence[int], prefill: Sequence[int],
-    loads: Sequence[Load], layers: int | None, cached: int, trials: int, table: Path | None, limit_s: float | None,
-    json: Path | None, plot: Path | None, commit: str | None,
+    loads: Sequence[Load], layers: int | None, cached: int, trials: int, without: Sequence[str], table: Path | None,
+    limit_s: float | None, json: Path | None, plot: Path | None, commit: str | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse bench e2e --help`.  Raises BadInput, RankError or TimeoutError."""
     for name in shapes:
@@ -57,12 +59,14 @@ def e2e(
             raise BadInput(f"{name} on {world} ranks: {reason}")
     if odd := [scheme for scheme in schemes if scheme not in SCHEMES]:
         raise BadInput(f"no stack is made with {', '.join(odd)} (but with: {', '.join(s or 'none' for s in SCHEMES)})")
+    if odd := [name for name in without if name not in OPTIONAL]:
+        raise BadInput(f"{', '.join(odd)} cannot be left out (but {', '.join(OPTIONAL)})")
     if odd := [n for n in (*prefill, *(load.batch * load.prompt for load in loads)) if n % world]:
         raise BadInput(f"a prefill's rows are shared out: {odd} are no multiples of {world}")
     place = need_gpus(world)
     extra = {"world": world, "commit": commit or results.commit(), "table": Table.load(table).digest if table else None}
     job = Job(
-        tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), tuple(loads), layers, cached, trials,
+        tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), tuple(loads), layers, cached, trials, tuple(without),
         str(table) if table else None, limit_s, extra, json,
     )  # fmt: skip
     document = run_ranks(work, place, world, job)
@@ -118,6 +122,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     machine = results.environment()
     flashinfer = "flashinfer" in ranks.target.backends
     points: list[Any] = [*((n, job.cached) for n in job.decode), *((n, None) for n in job.prefill), *job.loads]
+    ranks.notes.extend(f"{variant} was left out on request" for variant in job.without)
     decoded = [*job.decode, *(load.sequences for load in job.loads)]
     prefilled = [*job.prefill, *(load.batch * load.prompt for load in job.loads)]
 
@@ -129,7 +134,8 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
         layers = job.layers or min(ranks.share(fitting(name, scheme, place.world, job)))
         stack = Stack(SHAPES[name], layers, place.world, torch.bfloat16, scheme=scheme)
         decode, prefill = (e2e.Variants(ranks.group, scheme, job.table, max(n, default=1)) for n in (decoded, prefilled))
-        runner = e2e.Runner(stack, decode.decode(flashinfer), prefill.prefill())
+        chosen = ([v for v in of if v.name not in job.without] for of in (decode.decode(flashinfer), prefill.prefill()))
+        runner = e2e.Runner(stack, *chosen)
         for point in points:
             if job.limit_s is not None and ranks.share(time.monotonic() - begin)[0] > job.limit_s:
                 break
@@ -146,7 +152,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
                 print(f"{name} {scheme or 'none'} {layers} layers {found[0]['op']} {found[0]['tokens']}: {times}", flush=True)
                 if job.json:
                     results.write(job.json, document())
-        ranks.notes += sorted({*runner.notes} - {*ranks.notes})
+        ranks.notes.extend(runner.notes)
         del runner, stack
         torch.compiler.reset()
         torch.cuda.empty_cache()

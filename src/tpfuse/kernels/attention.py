@@ -4,6 +4,8 @@
 
 A block takes one head of `BLOCK_M` queries and walks over the keys; what it finishes is some columns of as many rows, so a
 scale may be of a tensor or of a group within a head, never of a whole row.
+
+To more than `MOST_KEYS` keys torch's own attention is faster by more than a launch costs: there one kernel quantises its rows.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,6 +27,7 @@ from .plan import ceil_div
 from .signal import done, wait_for_inputs
 from .tiles import quantise_tile, zero_padding_tile
 
+MOST_KEYS = 4096
 SIZES = ["tokens", "keys", "heads", "repeats", "rows", "stride_row", "stride_group"]
 
 
@@ -98,6 +102,31 @@ def attention_kernel(
     done(ASM)
 
 
+@triton.jit(do_not_specialize=["tokens", "heads", "rows", "stride_row", "stride_group"])
+def quantise_heads_kernel(
+    x, scale, q_out, scales, tokens, heads, rows, stride_row, stride_group, x_batch, x_head, x_token, BLOCK_M: tl.constexpr,
+    WIDTH: tl.constexpr, V_BLOCK: tl.constexpr, GIVEN: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
+    INVERT: tl.constexpr, FLOOR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, POW2: tl.constexpr,
+    PACKED: tl.constexpr, TILE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """x: [batch, heads, tokens, WIDTH] with strides, of a head side by side; the heads of a token go side by side, quantised."""
+    batch = tl.program_id(0) // heads
+    head = tl.program_id(0) % heads
+    token = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = token < tokens
+    cols = tl.arange(0, V_BLOCK)[None, :]
+    wait_for_inputs(ASM)
+    start = x + batch.to(tl.int64) * x_batch + head.to(tl.int64) * x_head
+    y = tl.load(start + token[:, None].to(tl.int64) * x_token + cols, mask=live[:, None] & (cols < WIDTH), other=0.0)
+    given = tl.load(scale).to(tl.float32) if GIVEN else 1.0
+    quantise_tile(y.to(tl.float32), batch * tokens + token, live, head, heads, given, q_out, scales, stride_row, stride_group,
+                  SCHEME, GROUP, INVERT, FLOOR, LOW, HIGH, POW2, PACKED, TILE, BLOCK_M, WIDTH, V_BLOCK)  # fmt: skip
+    if TILE > 1:
+        last = ((batch + 1) * tokens == rows) & ((tl.program_id(1) + 1) * BLOCK_M >= tokens)
+        zero_padding_tile(scales, rows, last, head, heads, TILE, WIDTH, V_BLOCK)
+    done(ASM)
+
+
 @dataclass(frozen=True)
 class AttentionPlan:
     """Tiles of queries and keys, and how many of the keys' are on their way at once.  Shared memory holds a tile of q and
@@ -116,8 +145,14 @@ class AttentionPlan:
     @staticmethod
     def of(width: int, v_width: int) -> AttentionPlan:
         v_block = triton.next_power_of_2(v_width)
-        wide = width > 128 or v_block > 128
-        return AttentionPlan(128, 64 if wide else 128, width & -width, v_block, 4 if width <= 64 else 8, 2)
+        if max(width, v_block) <= 64:
+            tiles = 128, 128, 4, 3
+        elif max(width, v_block) <= 128:
+            tiles = 64, 64, 4, 3  # two blocks share a multiprocessor: one multiplies while the other takes maxima
+        else:
+            tiles = 128, 64, 8, 3 if v_block <= 128 else 2
+        block_m, block_n, warps, stages = tiles
+        return AttentionPlan(block_m, block_n, width & -width, v_block, warps, stages)
 
 
 def attention_quantize(
@@ -126,6 +161,10 @@ def attention_quantize(
     batch, heads, tokens, width = q.shape
     v_width = v.shape[-1]
     hidden = heads * v_width
+    if plan is None and k.shape[2] > MOST_KEYS:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=heads != k.shape[1])
+        q_out, scales = quantised_heads(y, scale, scheme, layout)
+        return q_out, scales, y.transpose(1, 2).reshape(batch, tokens, hidden) if alive[2] else q.new_empty(0)
     out = q.new_empty((batch, tokens, hidden) if alive[2] else 0)
     q_out, scales = quantize_fake(q.new_empty((), dtype=q.dtype).expand(batch, tokens, hidden), scheme, layout)
     if batch * tokens:
@@ -143,6 +182,22 @@ def attention_quantize(
             ASM=q.is_cuda, **scheme_constants(scheme, layout, plan.v_block), **options,
         )  # fmt: skip
     return q_out, scales, out
+
+
+def quantised_heads(y: Tensor, scale: Tensor | None, scheme: str, layout: str) -> tuple[Tensor, Tensor]:
+    """y: [batch, heads, tokens, width] → values and scales of [batch, tokens, heads · width], in one launch."""
+    y = y if y.stride(-1) == 1 else y.contiguous()
+    batch, heads, tokens, width = y.shape
+    q_out, scales = quantize_fake(y.new_empty(()).expand(batch, tokens, heads * width), scheme, layout)
+    q_view, scales_view = quantised_views(q_out, scales, scheme)
+    block, rows = triton.next_power_of_2(width), 64
+    if batch * tokens:
+        quantise_heads_kernel[(batch * heads, ceil_div(tokens, rows))](
+            y, y if scale is None else scale.contiguous(), q_view, scales_view, tokens, heads, batch * tokens,
+            *scale_strides(scales), *y.stride()[:3], BLOCK_M=rows, WIDTH=width, V_BLOCK=block, GIVEN=scale is not None,
+            ASM=y.is_cuda, **scheme_constants(scheme, layout, block), **({"launch_pdl": True} if y.is_cuda else {}),
+        )  # fmt: skip
+    return q_out, scales
 
 
 def described(x: Tensor, rows: int, cols: int) -> TensorDescriptor:

@@ -23,7 +23,9 @@ from tpfuse.measure.timing import Timer, slowest, summary
 
 PLAIN, ROOM = "nccl+inductor", "no_collective"
 SHARDED, ASYNC = "sequence_parallel", "torch_async_tp"
+FLASHINFER = "flashinfer_one_shot"
 OURS, FORCED = "tpfuse", "tpfuse_sequence_parallel"
+OPTIONAL = SHARDED, ASYNC, FLASHINFER, FORCED
 
 Step = Callable[[int], Any]
 
@@ -63,7 +65,7 @@ class Variants:
         """The plain one first.  The stack without collectives is measured too: what is between the two is the room."""
         found = [self.plain, Variant(OURS, self.form, Config.of(self.limits))]
         if flashinfer:
-            found.append(Variant("flashinfer_one_shot", self.form, Config.of({**self.limits, "kernels": "flashinfer"})))
+            found.append(Variant(FLASHINFER, self.form, Config.of({**self.limits, "kernels": "flashinfer"})))
         return [*found, self.room]
 
     def prefill(self) -> list[Variant]:

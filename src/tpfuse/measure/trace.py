@@ -20,8 +20,8 @@ COUNTS = (2, 4)  # layers of the two stacks
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
 OWN = {
     "reduce", "sharded", "one_shot", "push_rows", "wait_done", "wait_full", "finish", "one_shot_kernel", "two_shot_kernel",
-    "norm_kernel", "act_kernel", "attention_kernel", "qk_norm_rope_kernel", "grouped_kernel", "nvfp4_kernel", "decode_kernel",
-    "finish_kernel",
+    "norm_kernel", "act_kernel", "attention_kernel", "quantise_heads_kernel", "qk_norm_rope_kernel", "grouped_kernel",
+    "nvfp4_kernel", "decode_kernel", "finish_kernel",
 }  # fmt: skip
 KINDS = {  # by parts of names, the first that fits
     "NCCL": ("nccl",), "copy": ("Memcpy", "Memset"), "Inductor": ("triton_",), "attention": ("flash", "fmha", "attention"),
