@@ -56,9 +56,9 @@ test: lint
 mutants: $(INSTALLED)
 	timeout --kill-after=20 1800 $(BIN)/python -m tests.mutants
 
-# The graph tests too: they need no GPU, but this is where other versions of torch are.
+# The graph tests too: they need no GPU, but this is where other versions of torch are.  TPFUSE_RECORD names a result file.
 gpu-test:
 	@status=0; \
-	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest tests/gpu || status=1; \
-	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest -m "not ranks" $(GRAPH_TESTS) || status=1; \
+	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest -p tests.gpu.record tests/gpu || status=1; \
+	PYTHONPATH=src timeout --kill-after=20 1800 $(GPU_PYTHON) -m pytest -p tests.gpu.record -m "not ranks" $(GRAPH_TESTS) || status=1; \
 	exit $$status

@@ -54,7 +54,22 @@ def test_the_summary():
     assert "| all_reduce_add_rms_norm | – | 2 | 1.09× | 0.99× | 1.20× | none |" in text
     slow = document(row("tpfuse:one_shot", 8.0), row("nccl+inductor", 7.0))
     assert "| 1 | 0.88× | 0.88× | 0.88× | 1 |" in tables.summary({"file.json": slow})
-    assert "tpfuse's fastest at each point, not what lowering picks" in tables.summary({"file.json": slow})
+    assert "; at each point tpfuse's fastest, not what lowering picks" in tables.summary({"file.json": slow})
+    mixed = document(row("tpfuse:one_shot", 4.0, scheme="nvfp4"), row("nccl+inductor", 7.0, scheme="nvfp4"), *FILE["rows"])
+    assert "; at each point of nvfp4 tpfuse's fastest, not" in tables.summary({"file.json": mixed})
+
+
+def test_runs_of_tests_are_recorded_beside_earlier_ones():
+    from tests.gpu import record
+
+    now, then = ({"commit": c, "date": "2026-11-25", "count": 2, "torch": "2.11.0"} for c in ("new", "old"))
+    old = record.rows([("tests/gpu/test_a.py::test_x[1]", "failed", 1.0), ("tests/gpu/test_a.py::test_y", "passed", 2.0)], then)
+    reports = [("tests/gpu/test_a.py::test_x[1]", "passed", 1.25), ("tests/gpu/test_a.py::test_x[2]", "skipped", 0.0)]
+    first, second = record.merged(old, record.rows(reports, now))
+    assert first == {"test": "tests/gpu/test_a.py::test_x", "passed": 1, "failed": 0, "skipped": 1, "seconds": 1.2, **now}
+    assert (second["test"], second["commit"], second["passed"]) == ("tests/gpu/test_a.py::test_y", "old", 1)
+    text = tables.tested([("file.json", {"machine": {"gpu": "H100"}, "rows": [first, second]})])
+    assert "| test_a.py::test_x | 1 | 0 | 1 | 2 | 2.11.0 | new | 2026-11-25 |" in text
 
 
 def test_loads_are_listed_apart_from_steps():

@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/performance.md and docs/kernels.md from the result files under benchmarks/results.
+"""Write the tables of README.md and of docs/ from the result files under benchmarks/results.
 
     python tools/tables.py            # write them
     python tools/tables.py --check    # exit 1 where they are not up to date
@@ -20,7 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCKS = {"README.md": "summary", "docs/performance.md": "points", "docs/kernels.md": "layers"}
+BLOCKS = {"README.md": "summary", "docs/performance.md": "points", "docs/kernels.md": "layers", "docs/support.md": "gpu_tests"}
 WHAT = {"collectives", "local_kernels", "e2e", "gemm"}  # what has peers at their best beside it
 ALONE = "gemm_alone"
 BOUNDS = ("empty_kernel", ALONE, "no_collective")  # no implementation of the operator
@@ -83,7 +83,9 @@ def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> s
     link = f", {machine['link']}" if machine.get("link") else ""
     told = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "triton", "flashinfer", "nccl"))
     table = f"; picked by table {document['table']}" if document.get("table") else ""
-    unpicked = "" if all(p.picked for p in found) else "; tpfuse's fastest at each point, not what lowering picks"
+    free = [p.where.get("scheme") or "unquantised" for p in found if not p.picked]
+    which = f" of {', '.join(dict.fromkeys(free))}" if len(free) < len(found) else ""
+    unpicked = f"; at each point{which} tpfuse's fastest, not what lowering picks" if free else ""
     machine_text = f"{machine['count']} × {machine['gpu']}{link}"
     return f"`{name}`: {machine_text}, {document['date']}, commit {document['commit']}, {told}{table}{unpicked}."
 
@@ -218,6 +220,21 @@ def layers(documents: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
     return "\n\n".join(parts) if parts else "No layer has been traced yet."
 
 
+def tested(documents: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """What passed on GPUs: a line for each test."""
+    parts = []
+    for name, document in documents:
+        lines = [
+            f"`{name}`: {document['machine']['gpu']}.", "", "| test | passed | failed | skipped | GPUs | torch | commit | date |",
+            "|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for row in document["rows"]:
+            cells = (row[k] for k in ("passed", "failed", "skipped", "count", "torch", "commit", "date"))
+            lines.append(f"| {row['test'].removeprefix('tests/gpu/')} | " + " | ".join(map(str, cells)) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) if parts else "No run of tests on GPUs has been recorded yet."
+
+
 def _grouped(found: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
     groups: dict[tuple[str, str], list[Point]] = {}
     for point in found:
@@ -231,6 +248,10 @@ def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: d for name, d in read.items() if d.get("what") in WHAT and "note" not in d and points(d)}
 
 
+def _read(stem: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(path.name, json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"{stem}*.json"))]
+
+
 def replaced(text: str, block: str, what: str) -> str:
     """`text` with `block` between its markers.  ValueError where it has none."""
     begin, end = f"<!-- {what}:begin -->", f"<!-- {what}:end -->"
@@ -242,8 +263,10 @@ def replaced(text: str, block: str, what: str) -> str:
 
 def main(check: bool) -> int:
     documents, stale = load(), []
-    traced = [(p.name, json.loads(p.read_text())) for p in sorted(RESULTS.glob("layer_kernels*.json"))]
-    blocks = {"summary": summary(documents), "points": details(documents), "layers": layers(traced)}
+    blocks = {
+        "summary": summary(documents), "points": details(documents), "layers": layers(_read("layer_kernels")),
+        "gpu_tests": tested(_read("gpu_tests")),
+    }  # fmt: skip
     for name, what in BLOCKS.items():
         path = ROOT / name
         text = replaced(path.read_text(), blocks[what], what)

@@ -10,6 +10,7 @@ import datetime
 import importlib.util
 import json
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ def document(what: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> dict
 def write(path: str | Path, found: Mapping[str, Any]) -> None:
     """One line a row, so that a diff of two files can be read."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(found).replace('{"op"', '\n{"op"') + "\n")
+    Path(path).write_text(re.sub(r'(?={"(op|test)": )', "\n", json.dumps(found)) + "\n")
 
 
 def _rounded(value: Any) -> Any:
