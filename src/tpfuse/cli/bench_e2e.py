@@ -147,12 +147,12 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
                     tokens, cached = point
                     found = runner.measure(timer, tokens, cached, ranks.share)
             rows += [{**row, "shape": name} for row in found]
+            ranks.notes += [note for note in runner.notes if note not in ranks.notes]
             if place.rank == 0:
                 times = "  ".join(f"{row['impl']} {row['us']:.1f}" for row in found)
                 print(f"{name} {scheme or 'none'} {layers} layers {found[0]['op']} {found[0]['tokens']}: {times}", flush=True)
                 if job.json:
                     results.write(job.json, document())
-        ranks.notes.extend(runner.notes)
         del runner, stack
         torch.compiler.reset()
         torch.cuda.empty_cache()

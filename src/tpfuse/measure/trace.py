@@ -15,6 +15,7 @@ from tpfuse.lowering.table import Entry, Table
 from tpfuse.measure.e2e import Runner, Variant
 from tpfuse.measure.linears import SCHEMES
 from tpfuse.measure.stack import Stack
+from tpfuse.measure.timing import in_step
 
 COUNTS = (2, 4)  # layers of the two stacks
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace
@@ -66,13 +67,13 @@ def difference(short: Mapping[str, Sequence[float]], long: Mapping[str, Sequence
 
 def of_a_layer(make: Callable[[int], Stack], variant: Variant, tokens: int) -> list[dict[str, Any]]:
     """`difference` for a prefill of so many tokens.  make: a stack of so many layers.  Every rank of its group calls it."""
-    found = []
+    found, align = [], in_step()
     for layers in COUNTS:
         step = Runner(make(layers), [], [variant]).prefill_steps(tokens)[variant.name]
         for i in range(3):
             step(i)
         torch.cuda.synchronize()
-        found.append(kernels(lambda step=step: step(0)))
+        found.append(kernels(lambda step=step: (align(), step(0))))  # the ranks begin together: waits are no longer than they are
         del step
         torch.compiler.reset()
         torch.cuda.empty_cache()
