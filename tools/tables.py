@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCKS = {"README.md": "summary", "docs/performance.md": "points", "docs/kernels.md": "layers", "docs/support.md": "gpu_tests"}
-WHAT = {"collectives", "local_kernels", "e2e", "gemm"}  # what has peers at their best beside it
+WHAT = ("e2e", "collectives", "gemm", "local_kernels")  # what has peers at their best beside it, what matters most first
 ALONE = "gemm_alone"
 BOUNDS = ("empty_kernel", ALONE, "no_collective")  # no implementation of the operator
 SERVED = ("ttft_us", "tpot_us", "tokens_per_s")
@@ -99,7 +99,8 @@ def room(name: str, document: Mapping[str, Any]) -> str:
     impls = [i for i in dict.fromkeys(r["impl"] for r in rows) if i not in (plain, plain + AGAIN, none)]
     columns = ["step", "scheme", "hidden", "tokens", plain, none, "A/A", *impls]
     lines = [
-        f"{heading(name, document, ())}  Microseconds a layer, and the share closed of the room between the first two.", "",
+        f"{heading(name, document, ())}  Microseconds a layer, the speed-up over the first, and the share "
+        "closed of the room between the first two.", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
     ]  # fmt: skip
     steps: dict[tuple[Any, ...], dict[str, float]] = {}
@@ -109,7 +110,10 @@ def room(name: str, document: Mapping[str, Any]) -> str:
         whole = times[plain] - times[none]
         cells = [*map(str, where), f"{times[plain]:.0f}", f"{times[none]:.0f}"]
         cells.append(f"{abs(times[plain + AGAIN] - times[plain]) / whole:.0%}")
-        cells += [f"{times[i]:.0f} ({(times[plain] - times[i]) / whole:.0%})" if i in times else "–" for i in impls]
+        cells += [
+            f"{times[i]:.0f} ({times[plain] / times[i]:.2f}×, {(times[plain] - times[i]) / whole:.0%})" if i in times else "–"
+            for i in impls
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -245,7 +249,8 @@ def _grouped(found: Iterable[Point]) -> dict[tuple[str, str], list[Point]]:
 def load(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """The result files that tables are made of, by name.  A file with a `note` says itself why nothing may be quoted from it."""
     read = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    return {name: d for name, d in read.items() if d.get("what") in WHAT and "note" not in d and points(d)}
+    kept = {name: d for name, d in read.items() if d.get("what") in WHAT and "note" not in d and points(d)}
+    return dict(sorted(kept.items(), key=lambda item: WHAT.index(item[1]["what"])))
 
 
 def _read(stem: str) -> list[tuple[str, dict[str, Any]]]:
