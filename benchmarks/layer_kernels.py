@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from tpfuse.cli.bench import run_ranks, schemes
+from tpfuse.cli.bench import run_ranks
+from tpfuse.cli.inputs import schemes
 from tpfuse.cli.launch import Place
 from tpfuse.measure import results, trace
 from tpfuse.measure.e2e import FORCED, PLAIN, Variants

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Lowest first.  A module imports from rows above its own in this list; inside BASE also from its neighbours.
-BASE = ("target", "report", "config", "formats", "shim")
+BASE = ("target", "report", "config", "files", "formats", "shim")
 LAYERS: tuple[tuple[str, ...], ...] = (
     BASE,
     ("ir",),

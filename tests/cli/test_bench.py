@@ -9,6 +9,8 @@ import pytest
         (("--world", 2), "--world 2, but 0 GPUs are visible"),
         (("--tokens", "1,x"), "expected numbers from 1 on"),
         (("--scheme", "fp8_tensr"), "did you mean 'fp8_tensor'"),
+        (("--table", __file__), "is no table of measurements"),
+        (("--table", "/no/table.json"), "cannot be read as a table"),
     ],
 )
 def test_bad_options_end_before_a_rank_starts(cli, monkeypatch, options, told):

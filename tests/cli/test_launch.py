@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tpfuse.cli.launch import Place, RankError, launch, threads
+from tpfuse.report import FusionError
 
 pytestmark = pytest.mark.ranks
 
@@ -108,6 +110,15 @@ def test_a_death_comes_before_the_complaints_about_it():
 def test_a_hang_is_bounded_and_says_who_and_where():
     with pytest.raises(TimeoutError, match=r"from rank 1 \(compiling decode\)$"):
         launch(one_hangs, 2, silence=20)
+
+
+def test_an_address_that_is_taken(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = Place(0, 1, 0, 1, "127.0.0.1", taken.getsockname()[1])
+        for name, value in place.environment().items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(FusionError, match=rf"rank 0: 1 ranks did not meet at 127.0.0.1:{place.port}: .*in use"):
+            place.join("cpu", 20)
 
 
 def test_torchrun_is_recognised(monkeypatch):

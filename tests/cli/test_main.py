@@ -1,6 +1,9 @@
 """The command line's own errors, and doctor."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -15,6 +18,12 @@ from tpfuse.cli import doctor
         (("--tp", 2, "--set", "disable_passes=async_pt"), "did you mean 'async_tp'?"),
         (("--tp", 2, "--set", "fuel"), "expected field=value"),
         (("--tp", 2, "--compare", "--no-fuse"), "leave out --no-fuse"),
+        (("--tp", 2, "--set", "timeout=soon"), "expected seconds"),
+        (("--tp", 2, "--set", "table=/no/table.json"), "/no/table.json: cannot be read as a table"),
+        (("--tp", 2, "--set", f"dump={__file__}"), "cannot be written"),
+        (("--tp", 2, "--json", "/"), "/: cannot be written: Is a directory"),
+        (("--tp", 2, "--prompt", ""), "--prompt: it has no tokens"),
+        (("--tp", 2, "--prompt", "w5 " * 120), "--max-new-tokens 20: more than the model's 128 positions"),
     ],
 )
 def test_bad_options_end_before_a_rank_starts(llama, cli, monkeypatch, options, told):
@@ -37,6 +46,31 @@ def test_torchrun_with_another_number_of_ranks(llama, cli, monkeypatch):
     status, _, errors = cli("run", llama, "--tp", 3)
     assert status == 1
     assert "--tp 3, but 2 ranks were started" in errors
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [({"RANK": "0"}, "'MASTER_ADDR' is not set"), ({"RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "'x'")],
+)
+def test_torchrun_by_halves(llama, cli, monkeypatch, variables, told):
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    status, _, errors = cli("run", llama)
+    assert status == 1
+    assert told in errors and "start the ranks with torchrun" in errors
+
+
+def test_a_locale_without_all_characters():
+    done = subprocess.run(
+        [sys.executable, "-m", "tpfuse.cli.__main__", "tune", "--help"],
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"}, capture_output=True, check=True,
+    )  # fmt: skip
+    assert b"N,N,?" in done.stdout
+
+
+def test_what_is_written_to_a_full_disk(llama, cli):
+    status, _, errors = cli("explain", llama, "--tp", 2, "--json", "/dev/full")
+    assert status == 1 and "No space left on device" in errors
 
 
 def test_doctor_as_json(cli):
@@ -79,6 +113,9 @@ def test_doctor_judges_the_table_of_this_machine(monkeypatch, tmp_path, kernels,
     assert missing.usable is False and "run tpfuse tune" in missing.detail
     path = table_path("2 x GPU")
     path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    (damaged,) = doctor._table()
+    assert damaged.usable is False and "no table of measurements" in damaged.detail
     Table("2 x GPU", {"kernels": kernels}, (Entry("op", "bfloat16", 2, ((None, "nccl"),)),)).save(path)
     (fact,) = doctor._table()
     assert fact.usable is usable and "1 entries" in fact.detail and ("kernels was old" in fact.detail) is not usable

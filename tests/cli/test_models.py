@@ -9,7 +9,7 @@ import torch
 
 from tests.dist import models as zoo
 from tpfuse.cli import models
-from tpfuse.cli.models import BadInput
+from tpfuse.cli.inputs import BadInput
 
 
 @pytest.fixture
@@ -133,10 +133,22 @@ def test_missing_weights_and_shards(copy):
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     with pytest.raises(BadInput, match="missing: b.safetensors"):
         models.check_files(models.locate(str(copy)))
+    for damaged in ("{", "{}", "[]"):
+        (copy / "model.safetensors.index.json").write_text(damaged)
+        with pytest.raises(BadInput, match="index.json: truncated or damaged"):
+            models.check_files(models.locate(str(copy)))
     (copy / "model.safetensors.index.json").unlink()
     (copy / "a.safetensors").unlink()
     with pytest.raises(BadInput, match="no weights"):
         models.check_files(models.locate(str(copy)))
+
+
+def test_a_damaged_tokenizer(copy):
+    config = models.read_config(models.locate(str(copy)))
+    models.check_prompt(copy, config, "w5", 1)
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(BadInput, match="no tokenizer that can be read"):
+        models.check_prompt(copy, config, "w5", 1)
 
 
 @pytest.mark.parametrize(("kind", "told"), [("no_such_net", "cannot read this model"), ("clip", "not a causal language model")])

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
+import torch
 
 from tpfuse.cli.generate import FUSED, SINGLE, UNFUSED, Job
 from tpfuse.cli.launch import RankError, launch
@@ -49,8 +51,17 @@ def test_ranks_that_were_told_different_things(llama):
         launch(disagree, 2, job)
 
 
-def test_an_error_in_a_rank_reaches_the_user(llama, cli, monkeypatch):
+def test_weights_that_are_missing_or_of_other_sizes_are_named(llama, cli, monkeypatch, tmp_path):
+    """transformers would make random numbers of the first, and no sentence of the second."""
+    from safetensors.torch import load_file, save_file
+
     monkeypatch.setitem(os.environ, "TPFUSE_TIMEOUT", "60")
-    status, _, errors = cli("run", llama, "--tp", 2, "--max-new-tokens", 4, "--prompt", "")
+    copy = shutil.copytree(llama, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.norm.weight"]
+    weights["lm_head.weight"] = torch.zeros(6, 48)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    status, _, errors = cli("run", copy, "--tp", 2, "--max-new-tokens", 4, "--prompt", "w5")
     assert status == 1
-    assert "the prompt has no tokens" in errors
+    assert "lm_head.weight has another size, model.norm.weight is missing" in " ".join(errors.split())
+    assert "Traceback" not in errors

@@ -72,6 +72,12 @@ def test_the_table_is_written_where_lowering_looks(cli, monkeypatch, tmp_path):
     assert table.entries == (entry(4096, TWO),) and table.stale(MACHINE, VERSIONS) is None
     assert table.digest in out and "a note" in out and TWO in out
 
+    table_path("another").write_text("{}")
+    for options in ((), ("--out", __file__)):  # found before anything is measured
+        asked.clear()
+        status, _, errors = cli("tune", "--tp", 2, *options)
+        assert status == 1 and "is no table of measurements" in errors and not asked
+
 
 def test_products_are_measured_where_sizes_of_layers_are_given(cli, monkeypatch, tmp_path):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

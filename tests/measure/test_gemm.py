@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpfuse.cli import bench_gemm
-from tpfuse.cli.models import BadInput
+from tpfuse.cli.inputs import BadInput
 from tpfuse.formats.layouts import remove_layout
 from tpfuse.ir import overlap
 from tpfuse.ir.norm import add_rms_norm

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tpfuse.cli import bench
-from tpfuse.cli.models import BadInput
+from tpfuse.cli.inputs import BadInput, numbers, schemes
 from tpfuse.lowering.table import BUILT_IN, Entry, Table
 from tpfuse.measure import plain, results
 from tpfuse.measure.points import AGAIN, Point, Sweep, grid
@@ -99,12 +99,12 @@ def test_a_document_is_written_a_row_a_line(tmp_path):
 
 
 def test_numbers_and_schemes_of_the_command_line():
-    assert bench.numbers("1,8", ()) == [1, 8] and bench.numbers(None, (3,)) == [3]
-    assert bench.schemes("none,fp8_tensor", ()) == bench.schemes(None, ["none", "fp8_tensor"]) == ["", "fp8_tensor"]
+    assert numbers("--tokens", "1,8", ()) == [1, 8] and numbers("--tokens", None, (3,)) == [3]
+    assert schemes("none,fp8_tensor", ()) == schemes(None, ["none", "fp8_tensor"]) == ["", "fp8_tensor"]
     with pytest.raises(BadInput, match="separated by commas"):
-        bench.numbers("1,0", ())
+        numbers("--tokens", "1,0", ())
     with pytest.raises(BadInput, match="did you mean 'fp8_tensor'"):
-        bench.schemes("fp8_tensr", ())
+        schemes("fp8_tensr", ())
 
 
 def test_the_table_names_its_baseline(capsys):

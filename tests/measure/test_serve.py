@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.measure.test_e2e import TINY
 from tpfuse.cli import bench_e2e
-from tpfuse.cli.models import BadInput
+from tpfuse.cli.inputs import BadInput
 from tpfuse.cli.plots import save_served
 from tpfuse.measure.e2e import ASYNC, OURS, PLAIN, ROOM, Runner, Variants
 from tpfuse.measure.points import AGAIN

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +44,16 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="A field of tpfuse.Config: fuel=5, disable_passes=async_tp … Repeatable."),
 ]  # fmt: skip
+World = Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")]
+Tokens = Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts, of all ranks together.")]
+Hidden = Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")]
+Schemes = Annotated[str | None, typer.Option("--scheme", metavar="NAME,NAME,…", help="Quantisations; none among them.")]
+Trials = Annotated[int, typer.Option(min=1, help="Replays of each graph, at most.")]
+Marked = Annotated[Path | None, typer.Option("--table", metavar="FILE", help="A tuned table: what it picks is marked.")]
+Limit = Annotated[float | None, typer.Option("--limit-s", min=0, help="Seconds after which no further point begins.")]
+ResultFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Write a plot, as PNG and as SVG.")]
+Commit = Annotated[str | None, typer.Option("--commit", help="The commit measured; default: git's.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail when an expected fusion did not happen.")]
 
 
@@ -64,8 +76,9 @@ def run(
 ) -> None:
     """Run a model tensor-parallel: generate text, show every site, time to first token and time per token."""
     from tpfuse.cli import run as command
+    from tpfuse.cli.inputs import read_config
 
-    config = command.read_config(settings or (), verify=verify, strict=strict)
+    config = read_config(settings or (), verify=verify, strict=strict)
     command.run(
         _console(), model, tp, prompt, device and device.value, dtype and dtype.value, max_new_tokens, not no_fuse, compare,
         config, json,
@@ -86,7 +99,7 @@ def explain(
 ) -> None:
     """Show what would be fused, and what not and why, without weights, ranks or GPUs."""
     from tpfuse.cli import explain as command
-    from tpfuse.cli.run import read_config
+    from tpfuse.cli.inputs import read_config
     from tpfuse.target import Target
 
     gpu = Target("cuda", sm, tp, peer_access=True, backends=frozenset({"reference", "triton", "torch", "nccl"}))
@@ -101,36 +114,37 @@ app.add_typer(bench, name="bench")
 
 @bench.command()
 def collectives(
-    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
-    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts.")] = None,
-    hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
-    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    world: World = 2,
+    tokens: Tokens = None,
+    hidden: Hidden = None,
+    scheme: Schemes = None,
     dtype: Annotated[LowDtype, typer.Option(help="Of the rows.")] = LowDtype.bfloat16,
     residual: Annotated[bool, typer.Option(help="Whether a residual is added.")] = True,
     sharded: Annotated[bool, typer.Option("--sharded", help="The form around a residual that is sharded by rows.")] = False,
-    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
+    trials: Trials = 15,
     baseline: Annotated[str, typer.Option(help="The implementation that speed-ups are relative to.")] = "nccl+inductor",
     eager: Annotated[bool, typer.Option("--eager", help="Also the norm without a compiler.")] = False,
-    table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table: what lowering would pick is marked.")] = None,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot, as PNG and as SVG.")] = None,
-    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+    table: Marked = None,
+    limit_s: Limit = None,
+    json: ResultFile = None,
+    plot: Plot = None,
+    commit: Commit = None,
 ) -> None:
     """All-reduce + norm (+ quantise): tpfuse's kernels beside NCCL, torch's symmetric memory and FlashInfer."""
     from tpfuse.cli import bench as command
-    from tpfuse.lowering.table import BUILT_IN, Table
+    from tpfuse.cli import inputs
+    from tpfuse.lowering.table import BUILT_IN
 
     command.collectives(
-        _console(), world, command.numbers(tokens, command.TOKENS), command.numbers(hidden, command.HIDDEN),
-        command.schemes(scheme, command.SCHEMES), dtype.value, residual, sharded, trials, baseline, eager,
-        Table.load(table) if table else BUILT_IN, limit_s, json, plot, commit,
+        _console(), world, inputs.numbers("--tokens", tokens, command.TOKENS), inputs.numbers("--hidden", hidden, command.HIDDEN),
+        inputs.schemes(scheme, command.SCHEMES), dtype.value, residual, sharded, trials, baseline, eager,
+        inputs.read_table(table) if table else BUILT_IN, limit_s, json, plot, commit,
     )  # fmt: skip
 
 
 @bench.command()
 def e2e(
-    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
+    world: World = 2,
     shape: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="8b, 70b, gemma, mla.")] = "8b,70b",
     scheme: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Of the linear layers; none among them.")] = "none",
     decode: Annotated[str, typer.Option(metavar="N,N,…", help='Sequences that step together; "" for none.')] = "1,8,32,128",
@@ -144,57 +158,57 @@ def e2e(
     trials: Annotated[int, typer.Option(min=1, help="Samples of each step.")] = 15,
     without: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Implementations to leave out.")] = "",
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
+    limit_s: Limit = None,
+    json: ResultFile = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot of the loads, as PNG and as SVG.")] = None,
-    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+    commit: Commit = None,
 ) -> None:
     """Stacks shaped like models under torch.compile: tpfuse, NCCL, torch's async TP, FlashInfer, and no collectives at all."""
-    from tpfuse.cli import bench as options
     from tpfuse.cli import bench_e2e as command
+    from tpfuse.cli import inputs
 
     command.e2e(
-        _console(), world, shape.split(","), options.schemes(scheme, ()), options.numbers(decode, ()) if decode else [],
-        options.numbers(prefill, ()) if prefill else [], command.loads_of(serve, output), command.layers_of(layers), cached,
-        trials, without.split(",") if without else [], table, limit_s, json, plot, commit,
+        _console(), world, shape.split(","), inputs.schemes(scheme, ()), inputs.numbers("--decode", decode, (), or_none=True),
+        inputs.numbers("--prefill", prefill, (), or_none=True), command.loads_of(serve, output), command.layers_of(layers),
+        cached, trials, without.split(",") if without else [], table, limit_s, json, plot, commit,
     )  # fmt: skip
 
 
 @bench.command()
 def gemm(
-    world: Annotated[int, typer.Option("--world", "--tp", min=2, help="Ranks, a GPU each.")] = 2,
-    operator: Annotated[str, typer.Option(metavar="NAME,NAME,…", help="Which.")] = "matmul_reduce_scatter,all_gather_matmul",
-    tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts, of all ranks together.")] = None,
-    size: Annotated[
-        str, typer.Option(metavar="HIDDENxINTERMEDIATE,…", help="Of the layers.")
-    ] = "4096x14336,8192x28672",
-    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    world: World = 2,
+    operator: Annotated[
+        str, typer.Option(metavar="NAME,NAME,…", help="The products.")
+    ] = "matmul_reduce_scatter,all_gather_matmul",
+    tokens: Tokens = None,
+    size: Annotated[str, typer.Option(metavar="HIDDENxINTERMEDIATE,…", help="Of the layers.")] = "4096x14336,8192x28672",
+    scheme: Schemes = None,
     dtype: Annotated[LowDtype, typer.Option(help="Of the sums.")] = LowDtype.bfloat16,
-    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph.")] = 15,
-    table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table: what lowering would pick is marked.")] = None,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write a result file.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot, as PNG and as SVG.")] = None,
-    commit: Annotated[str | None, typer.Option(help="The commit measured; default: git's.")] = None,
+    trials: Trials = 15,
+    table: Marked = None,
+    limit_s: Limit = None,
+    json: ResultFile = None,
+    plot: Plot = None,
+    commit: Commit = None,
 ) -> None:
     """Products next to a collective: tpfuse's kernels, NCCL with cuBLAS, torch's fused operators, and the product alone."""
-    from tpfuse.cli import bench as options
     from tpfuse.cli import bench_gemm as command
-    from tpfuse.lowering.table import BUILT_IN, Table
+    from tpfuse.cli import inputs
+    from tpfuse.lowering.table import BUILT_IN
 
     command.bench(
-        _console(), world, operator.split(","), options.numbers(tokens, command.TOKENS), command.sizes(size),
-        options.schemes(scheme, command.SCHEMES), dtype.value, trials, Table.load(table) if table else BUILT_IN, limit_s, json,
-        plot, commit,
+        _console(), world, operator.split(","), inputs.numbers("--tokens", tokens, command.TOKENS), command.sizes(size),
+        inputs.schemes(scheme, command.SCHEMES), dtype.value, trials, inputs.read_table(table) if table else BUILT_IN,
+        limit_s, json, plot, commit,
     )  # fmt: skip
 
 
 @app.command()
 def tune(
-    tp: Annotated[int, typer.Option("--tp", "--world", min=2, help="Ranks, a GPU each.")] = 2,
+    world: World = 2,
     tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help='Of the all-reduces; "" for none.')] = None,
-    hidden: Annotated[str | None, typer.Option(metavar="N,N,…", help="Widths.")] = None,
-    scheme: Annotated[str | None, typer.Option(metavar="NAME,NAME,…", help="Quantisations; none among them.")] = None,
+    hidden: Hidden = None,
+    scheme: Schemes = None,
     dtype: Annotated[LowDtype, typer.Option(help="Of the rows.")] = LowDtype.bfloat16,
     residual: Annotated[
         bool, typer.Option("--residual/--both", help="Norms with a residual alone, or also those without.")
@@ -209,20 +223,20 @@ def tune(
     flashinfer: Annotated[
         bool, typer.Option("--flashinfer/--no-flashinfer", help="Measure it where it is installed; building it takes minutes.")
     ] = True,
-    trials: Annotated[int, typer.Option(min=1, help="Replays of each graph, at most.")] = 15,
-    limit_s: Annotated[float | None, typer.Option(help="Seconds after which no further point begins.")] = None,
+    trials: Trials = 15,
+    limit_s: Limit = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The table; default: where this machine's is found.")] = None,
     samples: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write everything that was measured.")] = None,
 ) -> None:
     """Measure which kernel is fastest at which size on this machine, for lowering to pick by."""
-    from tpfuse.cli import bench as options
+    from tpfuse.cli import inputs
     from tpfuse.cli import tune as command
 
     command.run(
-        _console(), tp, options.numbers(tokens, command.TOKENS) if tokens != "" else [],
-        options.numbers(hidden, command.HIDDEN), options.schemes(scheme, command.SCHEMES), dtype.value,
-        (True,) if residual else (True, False), sequence_parallel, options.numbers(intermediate, ()),
-        options.numbers(product_tokens, command.PRODUCT_TOKENS), flashinfer, trials, limit_s, out, samples,
+        _console(), world, inputs.numbers("--tokens", tokens, command.TOKENS, or_none=True),
+        inputs.numbers("--hidden", hidden, command.HIDDEN), inputs.schemes(scheme, command.SCHEMES), dtype.value,
+        (True,) if residual else (True, False), sequence_parallel, inputs.numbers("--intermediate", intermediate, ()),
+        inputs.numbers("--product-tokens", product_tokens, command.PRODUCT_TOKENS), flashinfer, trials, limit_s, out, samples,
     )  # fmt: skip
 
 
@@ -241,22 +255,25 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
 
 
 def _console() -> Console:
-    """Where there is no terminal to ask, lines are as long as tables need."""
+    """Where there is neither a terminal to ask nor COLUMNS, lines are as long as tables need."""
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
 
 
 def main() -> None:
     """The command line; errors that were foreseen end it with one message and status 1."""
-    from tpfuse.cli.launch import RankError, cause
-    from tpfuse.cli.models import BadInput
-    from tpfuse.report import FusionError
-
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # "?" where a locale lacks a character
+            stream.reconfigure(errors="replace")
     try:
         app()
     except Exception as wrapped:
+        from tpfuse.cli.inputs import BadInput
+        from tpfuse.cli.launch import RankError, cause
+        from tpfuse.report import FusionError
+
         error = cause(wrapped)
-        if not isinstance(error, BadInput | FusionError | RankError | TimeoutError):
+        if not isinstance(error, BadInput | FusionError | RankError | OSError):
             raise
         console = Console(stderr=True)
         if isinstance(error, RankError) and error.details:

@@ -12,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
+from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress, launch
-from tpfuse.cli.models import BadInput
-from tpfuse.formats import Scheme
 from tpfuse.lowering.table import Table
 from tpfuse.measure import results
 from tpfuse.measure.points import Point, Sweep, grid
@@ -47,6 +46,7 @@ def collectives(
 ) -> None:  # fmt: skip
     """The command: see `tpfuse bench collectives --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
+    writable(json, plot and plot.with_suffix(".svg"))
     points: list[Point] = grid(schemes, hidden, tokens, dtype, residual)
     if sharded:
         points = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points]
@@ -66,25 +66,6 @@ def collectives(
 
         for path in save(document, plot):
             console.print(f"wrote {path}", highlight=False)
-
-
-def numbers(text: str | None, default: Sequence[int]) -> list[int]:
-    """"1,8,64" → [1, 8, 64].  BadInput where that is no list of positive numbers."""
-    if text is None:
-        return list(default)
-    words = text.split(",")
-    if not all(word.strip().isdigit() and int(word) for word in words):
-        raise BadInput(f"{text!r}: expected numbers from 1 on, separated by commas")
-    return [int(word) for word in words]
-
-
-def schemes(text: str | None, default: Sequence[str]) -> list[str]:
-    """"none,nvfp4" → ["", "nvfp4"].  BadInput naming the closest known scheme."""
-    names = text.split(",") if text else default
-    try:
-        return ["" if name == "none" else Scheme.parse(name).name for name in names]
-    except ValueError as error:
-        raise BadInput(str(error)) from error
 
 
 def need_gpus(world: int) -> Place | None:
@@ -166,6 +147,9 @@ def show(console: Console, document: dict[str, Any]) -> None:
                 f"{limit / row['us']:.0%}" if limit else "", end_section=i == len(rows) - 1,
             )  # fmt: skip
     console.print(table, highlight=False)
+    if document["rows"] and all(row["impl"] != baseline for row in document["rows"]):
+        known = ", ".join(dict.fromkeys(row["impl"] for row in document["rows"]))
+        console.print(f"--baseline {baseline}: none such was measured (but {known})", highlight=False)
     for note in document["notes"]:
         console.print(note, highlight=False)
 

@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from tpfuse.cli.bench import need_gpus, points_of, run_ranks
+from tpfuse.cli.inputs import BadInput, read_table, writable
 from tpfuse.cli.launch import Place, Progress
-from tpfuse.cli.models import BadInput
-from tpfuse.lowering.table import Table
 from tpfuse.measure import results
 from tpfuse.measure.e2e import OPTIONAL
 from tpfuse.measure.linears import SCHEMES
@@ -63,8 +62,11 @@ def e2e(
         raise BadInput(f"{', '.join(odd)} cannot be left out (but {', '.join(OPTIONAL)})")
     if odd := [n for n in (*prefill, *(load.batch * load.prompt for load in loads)) if n % world]:
         raise BadInput(f"a prefill's rows are shared out: {odd} are no multiples of {world}")
+    if not (decode or prefill or loads):
+        raise BadInput("nothing to measure: --decode, --prefill and --serve are all empty")
     place = need_gpus(world)
-    extra = {"world": world, "commit": commit or results.commit(), "table": Table.load(table).digest if table else None}
+    writable(json, plot and plot.with_suffix(".svg"))
+    extra = {"world": world, "commit": commit or results.commit(), "table": read_table(table).digest if table else None}
     job = Job(
         tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), tuple(loads), layers, cached, trials, tuple(without),
         str(table) if table else None, limit_s, extra, json,

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from tpfuse.cli.bench import line, need_gpus, run_ranks
+from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress
-from tpfuse.cli.models import BadInput
 from tpfuse.lowering.table import Table
 from tpfuse.measure import gemm, results
 from tpfuse.measure.gemm import ALONE, GemmPoint
@@ -45,6 +45,7 @@ def bench(
     """The command: see `tpfuse bench gemm --help`.  Raises BadInput, RankError or TimeoutError."""
     points = grid(operators, schemes, sizes, tokens, world, dtype)
     place = need_gpus(world)
+    writable(json, plot and plot.with_suffix(".svg"))
     extra = {
         "world": world, "commit": commit or results.commit(), "table": table.digest if table.entries else None,
         "baseline": ALONE, "native_async_tp": "TORCH_SYMM_MEM_ENABLE_NATIVE_ASYNC_TP" in os.environ,

@@ -135,7 +135,11 @@ def _table() -> Iterator[Fact]:
     if not path.exists():
         yield Fact("Measured", "table", False, f"none at {path}: run tpfuse tune")
         return
-    table = Measured.load(path)
+    try:
+        table = Measured.load(path)
+    except (OSError, ValueError) as error:
+        yield Fact("Measured", "table", False, f"{error}: run tpfuse tune")
+        return
     stale = table.stale(machine("cuda"), detect("cuda", None).versions)
     detail = f"{table.digest}, {len(table.entries)} entries, {path}"
     yield Fact("Measured", "table", stale is None, f"{detail}; {stale.detail}" if stale else detail)

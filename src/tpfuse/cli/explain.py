@@ -11,9 +11,11 @@ from rich.console import Console
 
 from tpfuse import shim
 from tpfuse.cli import models, tables
+from tpfuse.cli.inputs import writable
 from tpfuse.cli.page import page
 from tpfuse.compiler import explain
 from tpfuse.config import Config
+from tpfuse.files import write
 from tpfuse.report import Report
 from tpfuse.target import Target
 
@@ -44,13 +46,14 @@ def run(
     console: Console, path: str, tp: int, dtype: str, target: Target, config: Config, html: Path | None, json: Path | None
 ) -> None:
     """The command: see `tpfuse explain --help`.  FusionError under `strict`, after nothing was written."""
+    writable(json, html)
     report, name = plan(path, tp, dtype, target, config)
     told = f"{name}, {tp} ranks, {dtype}, {target.device}{f' sm_{target.sm}' if target.sm else ''}"
     console.print(f"[bold]{told}[/bold]", highlight=False)
     tables.show_report(console, loads(report.to_json()))
     if json:
-        json.write_text(report.to_json())
+        write(json, report.to_json())
     if html:
-        html.write_text(page(report, told))
+        write(html, page(report, told))
 
 

@@ -89,8 +89,6 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
     progress("loading", 2, 3)
     tokenizer = models.load_tokenizer(job.folder)
     ids = tokenizer(job.prompt, return_tensors="pt")["input_ids"].to(device)
-    if not ids.numel():
-        raise models.BadInput("the prompt has no tokens")
     progress("loading", 3, 3)
 
     out = Outcome(prompt_tokens=ids.shape[1])

@@ -23,6 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tpfuse.cli.inputs import BadInput
+from tpfuse.report import FusionError
+
 _SETTLE = 0.5  # seconds for more reports after a first failure: a peer's complaint may arrive before the cause
 _GRACE = 2.0  # seconds between asking ranks to end and killing them
 
@@ -30,7 +33,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total (0 where it can
 
 
 class RankError(RuntimeError):
-    """A rank failed.  `rank`: which.  `details`: its traceback, or how the process ended."""
+    """A rank failed.  `rank`: which.  `details`: its traceback, "" where its process ended or the message says it all."""
 
     def __init__(self, rank: int, message: str, details: str = "") -> None:
         super().__init__(f"rank {rank}: {message}")
@@ -54,13 +57,20 @@ class Place:
 
     @staticmethod
     def of_torchrun() -> Place | None:
-        """This process's place when torchrun (or anything that sets its variables) started it."""
+        """This process's place when torchrun (or anything that sets its variables) started it.  BadInput where one of them is
+        missing or no number."""
         env = os.environ
         if "RANK" not in env or "WORLD_SIZE" not in env:
             return None
-        rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local, local_world = int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world))
-        return Place(rank, world, local, local_world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        try:
+            rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+            local, local_world = int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world))
+            return Place(rank, world, local, local_world, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        except (KeyError, ValueError) as error:
+            told = f"{error} is not set" if isinstance(error, KeyError) else str(error)
+            raise BadInput(
+                f"RANK and WORLD_SIZE are set, as by torchrun, but {told}: start the ranks with torchrun, or unset both"
+            ) from error
 
     def environment(self) -> dict[str, str]:
         """The variables that torchrun would set, which libraries read, and threads that share the cores."""
@@ -71,19 +81,25 @@ class Place:
         }  # fmt: skip
 
     def join(self, device: str, timeout: float) -> None:
-        """Start the default process group: gloo on CPU, NCCL on CUDA.  timeout: seconds that a collective may wait."""
+        """Start the default process group: gloo on CPU, NCCL on CUDA.  timeout: seconds that a collective may wait.
+
+        FusionError where ranks do not meet at the address within it, or its port is taken."""
         limit = timedelta(seconds=timeout)
         if device == "cuda":
             torch.cuda.set_device(self.local_rank)
         here = torch.device(device, self.local_rank) if device == "cuda" else None
         back_end = "nccl" if device == "cuda" else "gloo"
-        if self.hosted:
-            store = dist.TCPStore(self.address, self.port, is_master=False, timeout=limit)
-            dist.init_process_group(
-                back_end, store=store, rank=self.rank, world_size=self.world, timeout=limit, device_id=here
-            )
-        else:
-            dist.init_process_group(back_end, timeout=limit, device_id=here)
+        try:
+            if self.hosted:
+                store = dist.TCPStore(self.address, self.port, is_master=False, timeout=limit)
+                dist.init_process_group(
+                    back_end, store=store, rank=self.rank, world_size=self.world, timeout=limit, device_id=here
+                )
+            else:
+                dist.init_process_group(back_end, timeout=limit, device_id=here)
+        except dist.DistError as error:
+            where = f"{self.world} ranks did not meet at {self.address}:{self.port}"
+            raise FusionError(f"rank {self.rank}: {where}: {str(error).splitlines()[0]}") from error
 
 
 def threads(local_world: int) -> int:
@@ -104,12 +120,15 @@ def launch(
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the system picks the port: no race
     ranks: list[_Rank] = []
+    # Of semaphores that ended ranks leave behind, Python's tracker tells while it removes them.
+    ignored = [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning:multiprocessing.resource_tracker"]
+    quiet = {"PYTHONWARNINGS": ",".join(filter(None, ignored))}
     try:
         for index in range(world):
             ours, theirs = context.Pipe()
             place = Place(index, world, index, world, "127.0.0.1", store.port, hosted=True)
             process = context.Process(target=_serve, args=(theirs, place, work, args), name=f"rank{index}")
-            with _environment(place.environment()):  # torch reads some of these when it is imported
+            with _environment(place.environment() | quiet):  # torch reads some of these when it is imported
                 process.start()
             theirs.close()
             ranks.append(_Rank(index, process, ours))
@@ -159,7 +178,7 @@ def _watch(ranks: list[_Rank], progress: Progress, silence: float) -> list[Any]:
             error = rank.read(progress)
             if error:
                 rank.finished = True
-                # A death is the cause of what its peers report.
+                # A death, or bad input, is the cause of what its peers report.
                 if first is None or (first.details and not error.details):
                     first = error
         deadline = time.monotonic() + (_SETTLE if first else silence)
@@ -206,7 +225,7 @@ def _serve(connection: Connection, place: Place, work: Callable[..., Any], args:
     try:
         message: tuple[Any, ...] = ("result", work(place, progress, *args))
     except BaseException as error:
-        message = ("error", describe(error), traceback.format_exc())
+        message = ("error", describe(error), "" if isinstance(error, BadInput) else traceback.format_exc())
     connection.send(message)
     connection.close()
 

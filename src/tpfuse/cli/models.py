@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tpfuse.cli.inputs import BadInput
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 WHOLE = "tpfuse_whole"  # the style of what a plan leaves whole on every rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class BadInput(ValueError):
-    """Something the user gave cannot work; the message says what and what would."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,17 @@ class Source:
     gguf: str | None = None
 
     @property
+    def path(self) -> Path:
+        return self.folder / (self.gguf or "")
+
+    @property
     def keywords(self) -> dict[str, Any]:
         """What transformers' from_pretrained takes beside the folder."""
         return {"gguf_file": self.gguf} if self.gguf else {}
 
     def weights(self) -> list[Path]:
         if self.gguf:
-            return [self.folder / self.gguf]
+            return [self.path]
         return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("pytorch_model*.bin")])
 
 
@@ -76,10 +78,13 @@ def locate(path: str) -> Source:
 def check_files(source: Source) -> None:
     """BadInput where a weight file is missing, truncated or damaged."""
     if source.gguf:
-        return _check_gguf(source.folder / source.gguf)
+        return _check_gguf(source.path)
     index = source.folder / "model.safetensors.index.json"
     if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{index}: truncated or damaged: no list of weight files") from error
         missing = sorted(n for n in named if not (source.folder / n).is_file())
         if missing:
             raise BadInput(f"{source.folder}: weight files are missing: {', '.join(missing)}")
@@ -129,7 +134,7 @@ def read_config(source: Source) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source.folder, **source.keywords)
     except Exception as error:
-        raise BadInput(f"{source.folder}: transformers {__version__} cannot read this model: {_first_line(error)}") from error
+        raise BadInput(f"{source.path}: transformers {__version__} cannot read this model: {_in_short(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise BadInput(f"architecture {config.model_type!r} is not a causal language model that transformers {__version__} has")
     return config
@@ -153,6 +158,19 @@ def check_ranks(config: PreTrainedConfig, tp: int) -> None:
         sizes = [*heads.values(), *widths.values()]
         works = [n for n in range(1, text.num_attention_heads + 1) if not any(size % n for size in sizes)]
         raise BadInput(f"--tp {tp} does not divide {', '.join(wrong)}; --tp {' or '.join(map(str, works))} would work")
+
+
+def check_prompt(folder: Path, config: PreTrainedConfig, prompt: str, new: int) -> None:
+    """BadInput for a prompt without tokens, and where it and `new` tokens more are beyond the model's positions."""
+    try:
+        count = len(load_tokenizer(folder)(prompt)["input_ids"])
+    except Exception as error:
+        raise BadInput(f"{folder}: no tokenizer that can be read: {_in_short(error)}") from error
+    if not count:
+        raise BadInput("--prompt: it has no tokens, and this model's tokenizer adds none: give it a word")
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and count + new > positions:
+        raise BadInput(f"--prompt of {count} tokens and --max-new-tokens {new}: more than the model's {positions} positions")
 
 
 def _outline(config: PreTrainedConfig, **keywords: Any) -> Any:
@@ -196,7 +214,7 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
 
 def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """One rank's shard, by the model's own plan, its parameters as plain tensors.  The process group must be there."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     keywords: dict[str, Any] = {"dtype": dtype}
     if tp > 1:
@@ -204,9 +222,24 @@ def load(folder: Path, tp: int, dtype: torch.dtype, device: torch.device) -> Pre
 
         plan = plan_of(_outline(AutoConfig.from_pretrained(folder)))
         keywords["distributed_config"] = DistributedConfig(tp_size=tp, tp_plan=plan)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, **keywords).eval().requires_grad_(False)
+    model = _filled(Source(folder), **keywords).eval().requires_grad_(False)
     localise(model)
     return model.to(device)
+
+
+def _filled(source: Source, **keywords: Any) -> Any:
+    """The model with its weights.  BadInput where files lack one, of which transformers would make random numbers."""
+    from transformers import AutoModelForCausalLM
+
+    keywords |= {**source.keywords, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    found: Any = AutoModelForCausalLM.from_pretrained(source.folder, **keywords)
+    model, info = found
+    wrong = [f"{name} has another size" for name, *_ in sorted(info["mismatched_keys"])]  # sizes told are sometimes a shard's
+    wrong += [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadInput(f"{source.path}: the weights are not those of config.json: {', '.join(wrong[:3])}{more}")
+    return model
 
 
 def build(config: PreTrainedConfig, tp: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -256,7 +289,7 @@ def load_tokenizer(folder: Path) -> Any:
 def converted(source: Source, dtype: torch.dtype) -> Path:
     """Where `dequantised` keeps the folder it makes, in the user's cache folder; it may not be there yet."""
     assert source.gguf
-    path = source.folder / source.gguf
+    path = source.path
     stat = path.stat()
     key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns} {dtype}".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -284,9 +317,9 @@ def dequantised(source: Source, dtype: torch.dtype) -> Path:
 
 
 def _convert(source: Source, dtype: torch.dtype, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **source.keywords)
+    model = _filled(source, dtype=dtype)
     # The weights are dequantised by now; what remembers that they were quantised refuses to save them.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -295,5 +328,8 @@ def _convert(source: Source, dtype: torch.dtype, folder: Path) -> None:
     AutoTokenizer.from_pretrained(source.folder, **source.keywords).save_pretrained(folder)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _in_short(error: BaseException) -> str:
+    """The first sentence of an error; what follows a colon belongs to it."""
+    lines = str(error).split("\n")
+    told = " ".join(line.strip() for line in lines[: 2 if lines[0].rstrip().endswith(":") else 1]).strip()
+    return told or type(error).__name__

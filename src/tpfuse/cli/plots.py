@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpfuse.cli.models import BadInput
+from tpfuse.cli.inputs import BadInput
 from tpfuse.measure.points import AGAIN, ALONE
 
 STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-.", "gemm": ":"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tpfuse.cli import models, tables
 from tpfuse.cli.generate import FUSED, UNFUSED, Job, Outcome, work
+from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, launch
-from tpfuse.cli.models import BadInput
 from tpfuse.config import Config
+from tpfuse.files import write
 
 
-def read_config(settings: Sequence[str], **given: Any) -> Config:
-    """A Config from `field=value` texts and from options that were given.  BadInput names the closest known field or pass."""
-    values = {k: v for k, v in given.items() if v}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise BadInput(f"--set {setting}: expected field=value")
-        values[name.replace("-", "_")] = _value(text)
-    try:
-        return Config.of(values)
-    except (ValueError, TypeError) as error:
-        raise BadInput(str(error)) from error
-
-
-def _value(text: str) -> Any:
-    """JSON where it is JSON (3, true, [256, 2048]), else the text itself."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
-def prepare(path: str, tp: int, device: str, dtype: str, here: int, bars: Bars) -> Path:
+def prepare(path: str, tp: int, prompt: str, new: int, device: str, dtype: str, here: int, bars: Bars) -> Path:
     """The folder to load, after everything that can be known wrong before a rank starts.  BadInput says what is.
 
-    here: ranks on this host.
+    new: tokens to generate.  here: ranks on this host.
     """
     source = models.locate(path)
     if device == "cuda" and here > torch.cuda.device_count():
@@ -56,8 +34,11 @@ def prepare(path: str, tp: int, device: str, dtype: str, here: int, bars: Bars) 
         target = models.converted(source, models.DTYPES[dtype])
         source = models.Source(target) if target.is_dir() else source
     models.check_files(source)
-    models.check_ranks(models.read_config(source), tp)
-    return models.dequantised(source, models.DTYPES[dtype]) if source.gguf else source.folder
+    config = models.read_config(source)
+    models.check_ranks(config, tp)
+    folder = models.dequantised(source, models.DTYPES[dtype]) if source.gguf else source.folder
+    models.check_prompt(folder, config, prompt, new)
+    return folder
 
 
 def run(
@@ -84,8 +65,9 @@ def run(
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     variants = ((FUSED,) if fuse else ()) + ((UNFUSED,) if compare or not fuse else ())
     leads = place is None or place.rank == 0
+    writable(output if leads else None)
     with Bars(console, leads) as bars:
-        folder = prepare(path, tp, device, dtype, place.local_world if place else tp, bars)
+        folder = prepare(path, tp, prompt, max_new_tokens, device, dtype, place.local_world if place else tp, bars)
         job = Job(folder, tp, prompt, device, dtype, max_new_tokens, variants, compare, config)
         if place:
             os.environ.update(place.environment())
@@ -96,7 +78,7 @@ def run(
         return
     tables.show_outcome(console, outcome, prompt)
     if output:
-        output.write_text(json.dumps(as_json(outcome, job, path), indent=1))
+        write(output, json.dumps(as_json(outcome, job, path), indent=1))
 
 
 def as_json(outcome: Outcome, job: Job, model: str) -> dict[str, Any]:

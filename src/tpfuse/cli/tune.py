@@ -13,8 +13,8 @@ from rich.table import Table as Grid
 from tpfuse.cli.bench import line, need_gpus, run_ranks
 from tpfuse.cli.bench_gemm import grid as layer_grid
 from tpfuse.cli.bench_gemm import room
+from tpfuse.cli.inputs import BadInput, read_table, writable
 from tpfuse.cli.launch import Place, Progress
-from tpfuse.cli.models import BadInput
 from tpfuse.config import table_path
 from tpfuse.lowering.table import UNFUSED, Entry, Table
 from tpfuse.measure import gemm, results
@@ -50,16 +50,21 @@ def run(
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
+    writable(out or table_path("machine"), samples)
+    for earlier in [out] if out else table_path("machine").parent.glob("*.json"):
+        if earlier.exists():
+            read_table(earlier)  # found damaged, or something else, before an hour of measuring
     points = [p for residual in residuals for p in grid(schemes, hidden, sorted(set(tokens)), dtype, residual)]
     sharded = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points if p.residual and p.tokens % world == 0]
     products = products_of(schemes, hidden, intermediate, product_tokens, world, dtype)
+    if not (points or products):
+        raise BadInput("nothing to measure: --tokens is empty, and there is no --intermediate")
     job = Job(tuple(points), tuple(sharded if sequence_parallel else ()), tuple(products), trials, limit_s, flashinfer)
     found = run_ranks(work, place, world, job)
     if place is not None and place.rank:
         return
     out = out or table_path(found["machine"])
-    table = merged(Table.load(out) if out.exists() else None, found["machine"], found["versions"], found["rows"])
-    out.parent.mkdir(parents=True, exist_ok=True)
+    table = merged(read_table(out) if out.exists() else None, found["machine"], found["versions"], found["rows"])
     table.save(out)
     if samples:
         results.write(samples, results.document("tune", found["rows"], world=world, table=table.digest, notes=found["notes"]))

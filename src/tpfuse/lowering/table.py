@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tpfuse.files import write
 from tpfuse.report import Decline
 from tpfuse.target import Range
 
@@ -98,20 +99,22 @@ class Table:
 
     @classmethod
     def load(cls, path: str | Path) -> Table:
-        """Read a table.  ValueError naming the file where it is none."""
-        return cls.parse(Path(path).read_text(), str(path))
+        """Read a table.  OSError where there is no file, ValueError naming it where it is no table."""
+        return cls.parse(Path(path).read_bytes(), str(path))
 
     @classmethod
-    def parse(cls, text: str, name: str = "the text") -> Table:
+    def parse(cls, text: str | bytes, name: str = "the text") -> Table:
         """A table from what `to_json` gave.  ValueError, naming `name`, where it is none."""
         try:
             data = json.loads(text)
             return cls(data["machine"], data["versions"], tuple(_entry(**e) for e in data["entries"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} is no table of thresholds: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{name} is no table of measurements: {error} is missing") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name} is no table of measurements: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n")
+        write(path, self.to_json() + "\n")
 
     def to_json(self) -> str:
         entries = [

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from tpfuse import files
+
 PACKAGES = {"triton": "triton", "flashinfer": "flashinfer-python"}
 
 
@@ -63,8 +65,7 @@ def document(what: str, rows: Sequence[Mapping[str, Any]], **extra: Any) -> dict
 
 def write(path: str | Path, found: Mapping[str, Any]) -> None:
     """One line a row, so that a diff of two files can be read."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(re.sub(r'(?={"(op|test)": )', "\n", json.dumps(found)) + "\n")
+    files.write(path, re.sub(r'(?={"(op|test)": )', "\n", json.dumps(found)) + "\n")
 
 
 def _rounded(value: Any) -> Any:

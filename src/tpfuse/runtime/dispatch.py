@@ -105,7 +105,7 @@ class Dispatcher:
             for n in self.gm.graph.nodes if n.target is quantize.default
         }  # fmt: skip
         sites = [(v.dtype, world, int(v.shape[-1])) for v, world in values]
-        thresholds = self.table.thresholds(sites, {"", *schemes})
+        thresholds = self.table.thresholds(sites, {"", *schemes}) if self.config.ranges is None else ()
         return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens, thresholds)
 
     def __call__(self, args: list[Any]) -> Any:
@@ -262,7 +262,7 @@ class Dispatcher:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             folder = Path(self.config.dump) / f"rank{rank}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"graph{self.number}-{limits.start}-{limits.end}-{stage}.txt").write_text(_text(graph))
+            (folder / f"graph{self.number}-{limits.start}-{limits.end}-{stage}.txt").write_text(_text(graph), encoding="utf-8")
 
 
 def copy_graph(old: fx.Graph) -> fx.Graph:
