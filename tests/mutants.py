@@ -127,6 +127,8 @@ MUTANTS = [
            "tl.store(ptr + s * stride + w, words[w], mask=active)", (ONE_SHOT, TWO_SHOT)),
     Mutant("kernel: an early read", "kernels/signal.py", "(missing > 0) & (polls < limit):", "(missing > 0) & (polls < 1):",
            (TWO_SHOT,)),
+    Mutant("kernel: one sequence's rows for all", "kernels/attention.py", "batch * tokens + token, live", "token, live",
+           ("tests/kernels/test_attention.py::test_every_scheme_and_width",)),
     Mutant("artifact of other ranks", "runtime/dispatch.py", "{sources('ir')} {worlds}", "{sources('ir')}",
            ("tests/dist/test_tables.py::test_rows_that_ranks_keep_count_together",)),
     Mutant("own rows taken for all", "runtime/symbols.py", "shim.expression(world * ", "shim.expression(",
