@@ -141,9 +141,12 @@ def drop_opaque_inputs(gm: fx.GraphModule, kwargs: dict[str, Any]) -> list[int]:
 def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None = None, **kwargs: Any) -> CompiledModel:
     """torch.compile with tpfuse's backend → a callable with `.report`.
 
-    model: a module or function.  config: a `Config` or a mapping of its fields.  kwargs: those of torch.compile
-    (`dynamic`, `fullgraph`, `mode`, `options` of Inductor).
+    model: a module or function.  config: a `Config` or a mapping of its fields, over the environment's.  kwargs: those of
+    torch.compile (`dynamic`, `fullgraph`, `mode`, `options` of Inductor).
+    ValueError for a field or value that `Config` does not know; calls raise FusionError (see `Config.strict`, `Config.timeout`).
     """
+    if not callable(model):
+        raise TypeError(f"a module or a function is compiled, not {type(model).__name__}")
     return CompiledModel(model, Config.of(config), kwargs)
 
 
@@ -182,13 +185,15 @@ def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
 
 
 def explain(
-    model: Callable[..., Any], *args: Any, config: Config | None = None, target: Target | None = None, **kwargs: Any
-) -> Report:
+    model: Callable[..., Any], *args: Any, config: Config | Mapping[str, Any] | None = None, target: Target | None = None,
+    **kwargs: Any,
+) -> Report:  # fmt: skip
     """What would happen to a model on `target`, without compiling or running anything: the graph is captured, raised, fused
     and lowered for every range, and its results are taken to be zeros.
 
     model, args, kwargs: as for a call; meta tensors and a model on the meta device will do.  A process group of torch's "fake"
-    back end stands in for ranks.  target: None means this machine.
+    back end stands in for ranks.  config: as for `compile`.  target: None means this machine.
+    FusionError under `Config(strict=True)` where an expected fusion would not happen.
     """
     report = Report()
     _last[:] = [report]
@@ -274,8 +279,10 @@ class InductorPass(CustomGraphPass):
 def inductor_pass(
     config: Config | Mapping[str, Any] | None = None, range: Range | None = None, then: CustomGraphPass | None = None
 ) -> InductorPass:
-    """A pass for `torch._inductor.config.post_grad_custom_pre_pass`.
+    """A pass for `torch._inductor.config.post_grad_custom_pre_pass`, for engines that own their Inductor settings; its report is
+    `.report`, and `last_report()`'s.
 
-    range: the token counts that the graph will see (None: 1 … max_tokens).  then: the pass that held the slot before.
+    config: as for `compile`.  range: the token counts that the graph will see (None: 1 … max_tokens).  then: the pass that held
+    the slot before, run after tpfuse's.
     """
     return InductorPass(Config.of(config), range, then)

@@ -1,15 +1,20 @@
 """The fused operators, called directly: `tpfuse.ops.all_reduce_add_rms_norm(x, residual, weight, group=mesh["tp"])`.
 
-Every operator of `tpfuse.ir` is an attribute here.  Arguments are those of its declaration; `group` is a ProcessGroup, a
-one-dimensional DeviceMesh or a group's name.  Under torch.compile the call becomes one operator of the graph, which tpfuse's
-backend lowers; eagerly the one of tpfuse's own kernels that was measured to be fastest is launched at once (`kernels=` asks for
-others).
+Every operator of `tpfuse.ir` is an attribute here, with the arguments of its declaration (`help(tpfuse.ops.rms_norm)`).  Under
+torch.compile the call becomes one operator of the graph, which tpfuse's backend lowers; eagerly the one of tpfuse's own kernels
+that was measured to be fastest is launched at once, and `kernels=` asks for another back end's, a name of
+`tpfuse.config.KERNEL_PREFERENCES`.  On GPUs a collective's group needs `tpfuse.prepare` before.
+
+Rows and weights are bf16, fp16, FP32 or FP64 where a text names no dtype; kernels serve bf16 and fp16.  Raises TypeError for
+arguments that the operator has not or lacks, ValueError for a scheme, layout, rounding or back end that there is not, FusionError
+where no kernel serves the arguments here, with each one's reason.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tpfuse import ir
+from tpfuse.config import KERNEL_PREFERENCES, known
 from tpfuse.ir.op import Op
 from tpfuse.lowering.select import Pick, pick
 from tpfuse.report import Decline, FusionError
@@ -27,6 +33,17 @@ from tpfuse.runtime.tables import table_of_group
 from tpfuse.target import Range
 
 PEERS = frozenset({"torch", "nccl", "flashinfer"})
+# What arguments mean wherever an operator's own text says nothing of them.
+ARGUMENTS = {
+    "group": "a ProcessGroup, a one-dimensional DeviceMesh or a group's name; nothing runs on a default one",
+    "eps": "added to the mean square", "eps2": "the outer norm's", "rounding2": "the outer norm's",
+    "weight_bias": "added to the norm's weight: 1.0 for Gemma's norms",
+    "rounding": 'where the norm rounds: "cast_first" (Llama in transformers), "cast_last" (torch.nn.RMSNorm, Gemma); see '
+    "`tpfuse.ir.norm.Rounding`",
+    "scheme": "the quantisation: see `tpfuse.formats.Scheme`", "layout": "of its scales: see `tpfuse.formats.Layout`",
+    "padded": "the number of rows need not be a multiple of the ranks: shards are filled up with zeros",
+    "fast_accum": "`use_fast_accum` of `aten._scaled_mm`", "softmax_scale": "factor of q · kᵀ",
+}  # fmt: skip
 
 
 def group_name(group: Any) -> str:
@@ -51,9 +68,13 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
             args = (*args[:position], group_name(args[position]), *args[position + 1 :])
         else:
             raise TypeError(f"{op.name} needs a group: nothing runs on a default one")
-    bound = op.bind(args, kwargs)
+    try:
+        bound = op.bind(args, kwargs)
+    except TypeError as error:
+        raise TypeError(f"{op.name}: {error}") from None
     if torch.compiler.is_compiling():
         return op.default(*bound.values())
+    known("kernels preference", kernels, KERNEL_PREFERENCES)
     device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
     target, table = detect(device, bound.get("group")), table_of_group(device, bound.get("group"))
     if kernels == "auto":  # `tpfuse.prepare` made nothing for other libraries' kernels
@@ -73,10 +94,31 @@ def __getattr__(name: str) -> Callable[..., Any]:
     if name not in ir.registry:
         raise AttributeError(f"tpfuse.ops has no operator {name!r}; known: {', '.join(sorted(ir.registry))}")
     op = ir.registry[name]
-    call = functools.partial(_call, op)
-    call.__doc__ = op.doc
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return _call(op, *args, **kwargs)
+
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = document(op)
+    declared = inspect.signature(op.reference)
+    preference = inspect.Parameter("kernels", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation="str")
+    call.__signature__ = declared.replace(parameters=[*declared.parameters.values(), preference])  # type: ignore[attr-defined]
     globals()[name] = call
     return call
+
+
+def document(op: Op) -> str:
+    """An operator's text, what of the arguments it leaves to all operators' common ones, and the texts that it refers to."""
+    texts = {op.name: op.doc}
+    for text in (queue := [op.doc]):
+        for name in re.findall(r"`(\w+)`", text):
+            if name in ir.registry and name not in texts:
+                texts[name] = ir.registry[name].doc
+                queue.append(texts[name])
+    told = "\n".join(texts.values())
+    common = [f"{n}: {ARGUMENTS[n]}." for n in op.params if n in ARGUMENTS and not re.search(rf"\b{n}\b[^.\n]*:", told)]
+    others = [f"{name}: {text}" for name, text in texts.items() if name != op.name]
+    return "\n\n".join(filter(None, [op.doc, "\n".join(common), *others]))
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tpfuse.cli import doctor
+from tpfuse.cli import doctor, inputs
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,26 @@ def test_bad_options_end_before_a_rank_starts(llama, cli, monkeypatch, options, 
     status, _, errors = cli("run", llama, *options)
     assert status == 1
     assert told in " ".join(errors.split())
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "told"),
+    [
+        ("transformers", ("run", "."), "pip install 'tpfuse[hf]'"),
+        ("accelerate", ("explain", ".", "--tp", 2), "pip install 'tpfuse[hf]'"),
+        ("gguf", ("explain", "x.gguf", "--tp", 2), "pip install 'tpfuse[gguf]'"),
+        ("matplotlib", ("bench", "collectives", "--plot", "x"), "pip install 'tpfuse[plots]'"),
+    ],
+)
+def test_an_extra_that_is_not_installed(cli, monkeypatch, tmp_path, package, arguments, told):
+    installed = inputs.version
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.gguf").touch()
+    monkeypatch.setattr(inputs, "version", lambda name: None if name == package else installed(name))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("tpfuse.cli.bench.launch", lambda *_, **__: pytest.fail("a rank was started"))
+    status, _, errors = cli(*arguments)
+    assert status == 1 and package in errors and told in errors
 
 
 def test_more_ranks_than_gpus(llama, cli, monkeypatch):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
+from tpfuse.cli import plots
 from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress, launch
 from tpfuse.lowering.table import Table
@@ -46,7 +47,8 @@ def collectives(
 ) -> None:  # fmt: skip
     """The command: see `tpfuse bench collectives --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
-    writable(json, plot and plot.with_suffix(".svg"))
+    writable(json)
+    plots.check(plot)
     points: list[Point] = grid(schemes, hidden, tokens, dtype, residual)
     if sharded:
         points = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points]
@@ -62,9 +64,7 @@ def collectives(
         return
     show(console, document)
     if plot:
-        from tpfuse.cli.plots import save
-
-        for path in save(document, plot):
+        for path in plots.save(document, plot):
             console.print(f"wrote {path}", highlight=False)
 
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
+from tpfuse.cli import plots
 from tpfuse.cli.bench import need_gpus, points_of, run_ranks
 from tpfuse.cli.inputs import BadInput, read_table, writable
 from tpfuse.cli.launch import Place, Progress
@@ -65,7 +66,8 @@ def e2e(
     if not (decode or prefill or loads):
         raise BadInput("nothing to measure: --decode, --prefill and --serve are all empty")
     place = need_gpus(world)
-    writable(json, plot and plot.with_suffix(".svg"))
+    writable(json)
+    plots.check(plot)
     extra = {"world": world, "commit": commit or results.commit(), "table": read_table(table).digest if table else None}
     job = Job(
         tuple(shapes), tuple(schemes), tuple(decode), tuple(prefill), tuple(loads), layers, cached, trials, tuple(without),
@@ -78,9 +80,7 @@ def e2e(
         for note in document["notes"]:
             console.print(note, highlight=False)
         if plot:
-            from tpfuse.cli.plots import save_served
-
-            for path in save_served(document, plot):
+            for path in plots.save_served(document, plot):
                 console.print(f"wrote {path}", highlight=False)
 
 

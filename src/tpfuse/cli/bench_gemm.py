@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from tpfuse.cli import plots
 from tpfuse.cli.bench import line, need_gpus, run_ranks
 from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress
@@ -45,7 +46,8 @@ def bench(
     """The command: see `tpfuse bench gemm --help`.  Raises BadInput, RankError or TimeoutError."""
     points = grid(operators, schemes, sizes, tokens, world, dtype)
     place = need_gpus(world)
-    writable(json, plot and plot.with_suffix(".svg"))
+    writable(json)
+    plots.check(plot)
     extra = {
         "world": world, "commit": commit or results.commit(), "table": table.digest if table.entries else None,
         "baseline": ALONE, "native_async_tp": "TORCH_SYMM_MEM_ENABLE_NATIVE_ASYNC_TP" in os.environ,
@@ -55,9 +57,7 @@ def bench(
         return
     show(console, document)
     if plot:
-        from tpfuse.cli.plots import save
-
-        for path in save(document, plot):
+        for path in plots.save(document, plot):
             console.print(f"wrote {path}", highlight=False)
 
 

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from tpfuse.cli.inputs import HF, version
 from tpfuse.config import table_path
 from tpfuse.lowering.table import Table as Measured
 from tpfuse.raising import adapters
@@ -56,13 +56,6 @@ def show(console: Console, facts: list[Fact]) -> None:
 
 def as_json(facts: list[Fact]) -> list[dict[str, Any]]:
     return [asdict(fact) for fact in facts]
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _versions() -> Iterator[Fact]:
@@ -122,9 +115,9 @@ def _backends() -> Iterator[Fact]:
     symmetric = importlib.util.find_spec("torch.distributed._symmetric_memory") is not None
     yield _needs_gpu("torch symmetric memory", symmetric, gpu, "fused collectives", f"not in torch {torch.__version__}")
     yield Fact(
-        "Back ends", "Hugging Face models", *_installed("transformers", "accelerate", "safetensors", extra="hf")
+        "Back ends", "Hugging Face models", *_installed(*HF, extra="hf")
     )
-    yield Fact("Back ends", "GGUF files", *_installed("transformers", "accelerate", "gguf", extra="gguf"))
+    yield Fact("Back ends", "GGUF files", *_installed(*HF, "gguf", extra="gguf"))
 
 
 def _table() -> Iterator[Fact]:

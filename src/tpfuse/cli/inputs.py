@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tpfuse.config import Config, from_text, known
 from tpfuse.formats.scheme import SCHEME_NAMES
 from tpfuse.lowering.table import Table
+
+HF = ("transformers", "accelerate", "safetensors")
 
 
 class BadInput(ValueError):
@@ -72,6 +75,20 @@ def read_table(path: str | Path) -> Table:
         raise BadInput(f"{path}: cannot be read as a table: {error.strerror}; tpfuse tune writes one") from error
     except ValueError as error:
         raise BadInput(f"{error}; tpfuse tune writes one") from error
+
+
+def require(what: str, *packages: str, extra: str) -> None:
+    """BadInput, with what installs them, where packages are missing."""
+    if missing := [package for package in packages if version(package) is None]:
+        raise BadInput(f"{what} need {', '.join(missing)}: pip install 'tpfuse[{extra}]'")
+
+
+def version(package: str) -> str | None:
+    """That of an installed package; None where there is none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def writable(*paths: Path | None) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tpfuse.cli.inputs import BadInput
+from tpfuse.cli.inputs import HF, BadInput, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,19 +57,21 @@ def fingerprint(folder: Path) -> str:
 
 
 def locate(path: str) -> Source:
-    """The model at `path`.  BadInput where there is none."""
+    """The model at `path`.  BadInput where there is none, and where what reads it is not installed."""
+    require("Hugging Face models", *HF, extra="hf")
     where = Path(path).expanduser().resolve()
     if not where.exists():
         raise BadInput(f"{path}: no such file or folder (a model is a Hugging Face folder or a GGUF file on this machine)")
     if where.is_file():
         if where.suffix != ".gguf":
             raise BadInput(f"{path}: not a GGUF file; for other formats name the folder that holds config.json")
+        require("GGUF files", "gguf", extra="gguf")
         return Source(where.parent, where.name)
     if (where / "config.json").is_file():
         return Source(where)
     found = sorted(where.glob("*.gguf"))
     if len(found) == 1:
-        return Source(where, found[0].name)
+        return locate(str(found[0]))
     if found:
         raise BadInput(f"{path}: several GGUF files, name one: {', '.join(p.name for p in found)}")
     raise BadInput(f"{path}: no model here: neither config.json nor a GGUF file")
@@ -114,10 +116,8 @@ def _check_safetensors(path: Path) -> None:
 
 
 def _check_gguf(path: Path) -> None:
-    try:
-        import gguf
-    except ImportError as error:
-        raise BadInput("GGUF files need the package gguf: pip install 'tpfuse[gguf]'") from error
+    import gguf
+
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(f"{path}: not a GGUF file")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpfuse.cli.inputs import BadInput
+from tpfuse.cli.inputs import require, writable
 from tpfuse.measure.points import AGAIN, ALONE
 
 STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-.", "gemm": ":"}
@@ -18,10 +18,7 @@ Row = Mapping[str, Any]
 
 def save(document: dict[str, Any], path: Path) -> list[Path]:
     """Time over tokens, a panel for each scheme and width; of products next to collectives over the product alone, a figure for
-    each operator → the files written, `path` with both suffixes.
-
-    BadInput where matplotlib is missing.
-    """
+    each operator → the files written, `path` with both suffixes."""
     _headless()
     path = path.with_suffix("")
     rows = [r for r in document["rows"] if "limit_us" in r and not r["impl"].endswith(AGAIN)]
@@ -40,7 +37,7 @@ def save(document: dict[str, Any], path: Path) -> list[Path]:
 
 def save_served(document: Mapping[str, Any], path: Path) -> list[Path]:
     """Times to first tokens, of a step, and throughput of each load, a line of panels for each shape and scheme → the files
-    written.  BadInput where matplotlib is missing."""
+    written."""
     _headless()
     import matplotlib.pyplot as plt
 
@@ -64,12 +61,17 @@ def _load(row: Row) -> str:
     return f"{row['sequences']} × {row['tokens']}\n{row['batch']} at a time"
 
 
+def check(path: Path | None) -> None:
+    """BadInput, before anything is measured, where a plot could not be drawn or written."""
+    if path is not None:
+        require("Plots", "matplotlib", extra="plots")
+        writable(path.with_suffix(".svg"))
+
+
 def _headless() -> None:
-    """Plots are drawn to files.  BadInput where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise BadInput("--plot needs matplotlib: pip install 'tpfuse[plots]'") from error
+    """Plots are drawn to files."""
+    import matplotlib
+
     matplotlib.use("Agg")
 
 

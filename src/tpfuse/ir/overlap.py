@@ -106,7 +106,8 @@ def all_gather_scaled_matmul(
     """The quantised rows of all ranks, with their scales by `layout`, times each quantised weight (see `scaled_matmul`).
 
     x: own rows.  x_scale: of the own rows; one number for "fp8_tensor", the same on every rank and not gathered.
-    Lists: one entry for each weight.  keep: the gathered rows and scales are wanted too (for "fp8_tensor" the rows alone).
+    weights, weight_scales, biases, result_scales, alphas: an entry for each weight.  keep: the gathered rows and scales are
+    wanted too (for "fp8_tensor" the rows alone).
     → [rows, n_i] of `out_dtype` for each weight, then what is kept.
     """
     if scheme == "fp8_tensor":

@@ -39,7 +39,11 @@ _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 
 def warmup(sizes: Sequence[int]) -> None:
     """Compile, agree and prepare the ranges of these token counts in every graph seen so far: all ranks call it alike, before
-    they capture CUDA graphs of their own."""
+    they capture CUDA graphs of their own.  A count beyond `Config.max_tokens` has no range and is passed over.
+
+    sizes: token counts, each at least 1, else ValueError.  FusionError where ranks disagree or one does not come."""
+    if wrong := [size for size in sizes if size < 1]:
+        raise ValueError(f"token counts start at 1, got {wrong}")
     for dispatcher in sorted(_dispatchers, key=lambda d: d.number):
         for size in sizes:
             dispatcher.warm(size)
