@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tpfuse.config import PASSES
@@ -92,58 +93,88 @@ END_TO_END: dict[str, dict[str, str]] = {
     "Llama's greedy tokens": {s: f"{MODELS}::test_greedy_tokens[{s}-2]" for s in _MIXED},
 }  # fmt: skip
 
-HEAD = """# Fusions
+ABOUT = {
+    "all_reduce_norm": "The sum over the ranks that ends attention or MLP, the residual, the norm; the sandwich of two norms.",
+    "all_reduce_norm_quantize": "The same with the quantise of the norm's result behind it.",
+    "norm_quantize": "Without a collective.",
+    "merge_all_reduce": "Shared experts beside routed ones: one all-reduce for two.",
+    "sequence_parallel": "An all-reduce in two halves, the norm between them on each rank's own rows, the residual kept sharded.",
+    "async_tp": "A product next to half an all-reduce, overlapped, with what follows on own rows.",
+    "attention_quantize": "Attention, latent attention too, and the quantise of its rows.",
+    "qk_norm_rope": "The norm of each head of q and k, then the rotary embedding.",
+}
+HEAD = f"""# Fusions
 
-Written by `python tools/fusions_page.py` from the rules; a test compares the page with them and looks up every test that it
-names. A number in a cell is a test, listed at the end; an empty cell has none and is not claimed. "plain" is unquantised
-(bf16, fp16, FP32); the schemes are described in `tpfuse.formats`. All of it runs on the operators' bodies, with gloo on CPU;
-which operators have kernels is said in [kernels.md](kernels.md).
+What each pass fuses. **✓**: a test fires the rule in that scheme, with and without each optional step (in brackets), any of its
+results alive (`{RULES}::test_fires[OPERATOR-SCHEME]`); the closest chain that must not be fused has a test
+too (`test_the_closest_chain_is_not_fused`). A number: another test, listed at the end. An empty cell has none and is not claimed.
+"plain" is unquantised (bf16, fp16, FP32); the schemes are described in `tpfuse.formats`.
 
-A rule fires with any subset of its operator's results alive, with and without each optional step (a bias after the sum, a
-scaled residual), for any epsilon and weight bias. The closest chain that must not be fused has a test too:
-`tests/fusion/test_rules.py::test_the_closest_chain_is_not_fused`.
+All of it runs on the operators' bodies, with gloo on CPU; which operators have kernels is said in [kernels.md](kernels.md).
+Written by `python tools/fusions_page.py` from the rules.
 """
 
 
 class Notes:
-    """The tests that cells name, numbered in the order of their first mention."""
+    """The tests that cells name, those that stand for themselves numbered in the order of their first mention."""
 
     def __init__(self) -> None:
-        self.tests: dict[str, int] = {}
+        self.numbered: dict[str, int] = {}
+        self.fired: list[str] = []
 
     def cell(self, test: str | None, mark: str = "") -> str:
-        return "" if test is None else f"{mark}{self.tests.setdefault(test, len(self.tests) + 1)}"
+        if test is None:
+            return ""
+        if "::test_fires[" in test:
+            self.fired.append(test)
+            return "✓"
+        return f"{mark}{self.numbered.setdefault(test, len(self.numbered) + 1)}"
 
 
 def chain_of(op: Op) -> str:
-    """The smaller operators of a composite, in order."""
-    rule = composites.rules_of(op)[0]
-    named = [o.name if (o := find(t)) else str(t).split(".")[1] for t in rule.targets]
-    return " → ".join(named)
+    """The smaller operators of a composite, in order; an optional step in brackets, by its argument."""
+    steps = []
+    for node in composites.rules_of(op)[0].pattern.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        inner = find(node.target)
+        argument = node.meta.get("optional")
+        steps.append(inner.name if inner else f"({str(node.target).split('.')[1]} {argument})")
+    return " → ".join(steps)
 
 
 def derived() -> Iterator[tuple[str, str, str, dict[str, str]]]:
     """(operator, pass, chain, tests by scheme) of every composite whose rule is derived from its body."""
-    composite = [op for op in registry.values() if op.fuse in PASSES and not op.variadic]
-    for op in sorted(composite, key=lambda op: PASSES.index(str(op.fuse))):
+    for op in (op for op in registry.values() if op.fuse in PASSES and not op.variadic):
         columns = SCHEME_NAMES if {"scheme", "w_scheme"} & set(op.params) else ("plain",)
         tests = {s: f"{RULES}::test_fires[{op.name}-{s}]" for s in columns if (op.name, s) not in DECLINED}
         yield op.name, str(op.fuse), chain_of(op), tests
 
 
+def table(titles: str, rows: Sequence[tuple[str, dict[str, str]]], notes: Notes) -> list[str]:
+    """rows: (first cells, tests by scheme; of what is declined with "-" before it).  Columns that hold nothing are left out."""
+    columns = [c for c in COLUMNS if any({c, f"-{c}"} & tests.keys() for _, tests in rows)]
+    lines = [f"| {titles} | {' | '.join(columns)} |", "|---" * (titles.count("|") + 1 + len(columns)) + "|"]
+    for first, tests in rows:
+        cells = [notes.cell(tests.get(c)) or notes.cell(tests.get(f"-{c}"), "declined ") for c in columns]
+        lines.append(f"| {first} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def page() -> tuple[str, list[str]]:
     """The page, and the tests that it names."""
-    notes = Notes()
-    titles = " | ".join(c.removeprefix("fp8_") if c == "plain" else c for c in COLUMNS)
-    lines = [HEAD, f"| operator | pass | replaces | {titles} |", "|---|---|---|" + "---|" * len(COLUMNS)]
-    for name, owner, what, tests in [*derived(), *((n, *row) for n, row in BY_HAND.items())]:
-        cells = [notes.cell(tests.get(c)) or notes.cell(DECLINED.get((name, c)), "declined ") for c in COLUMNS]
-        lines.append(f"| {name} | {owner} | {what} | {' | '.join(cells)} |")
-    lines += ["", "## End to end", "", f"| model | {titles} |", "|---|" + "---|" * len(COLUMNS)]
-    for name, tests in END_TO_END.items():
-        lines.append(f"| {name} | {' | '.join(notes.cell(tests.get(c)) for c in COLUMNS)} |")
-    lines += ["", "## Tests", "", *(f"{number}. `{test}`" for test, number in notes.tests.items()), ""]
-    return "\n".join(lines), list(notes.tests)
+    notes, lines = Notes(), [HEAD]
+    every = [*derived(), *((name, *row) for name, row in BY_HAND.items())]
+    for owner in PASSES:
+        rows = [(f"{n} | {what}", tests | declined(n)) for n, of, what, tests in every if of == owner]
+        lines += [f"## {owner}", "", ABOUT[owner], "", *table("operator | replaces", rows, notes)]
+    lines += ["## End to end", "", *table("model", list(END_TO_END.items()), notes), "## Tests", ""]
+    lines += [*(f"{number}. `{test}`" for test, number in notes.numbered.items()), ""]
+    return "\n".join(lines), [*notes.fired, *notes.numbered]
+
+
+def declined(name: str) -> dict[str, str]:
+    return {f"-{scheme}": test for (op, scheme), test in DECLINED.items() if op == name}
 
 
 if __name__ == "__main__":
