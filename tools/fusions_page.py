@@ -69,15 +69,15 @@ END_TO_END: dict[str, dict[str, str]] = {
             "DeepSeek-V3": "test_both_ranges[deepseek_v3-2]", "Qwen3": "test_both_ranges[qwen3-2]",
         }.items()
     },
-    "attention of Qwen3, Gemma3": dict.fromkeys(
-        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[qwen3]"
-    ),
-    "latent attention of DeepSeek-V2": dict.fromkeys(
-        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[deepseek_v2]"
-    ),
-    "latent attention of DeepSeek-V3": dict.fromkeys(
-        ("fp8_tensor", "fp8_group128", "nvfp4"), "tests/raising/test_models.py::test_attention_of_models[deepseek_v3]"
-    ),
+    **{
+        title: dict.fromkeys(
+            ("fp8_tensor", "fp8_group128", "nvfp4"), f"tests/raising/test_models.py::test_attention_of_models[{name}]"
+        )
+        for title, name in {
+            "attention of Qwen3": "qwen3", "attention of Gemma3": "gemma3",
+            "latent attention of DeepSeek-V2": "deepseek_v2", "latent attention of DeepSeek-V3": "deepseek_v3",
+        }.items()
+    },
     "latent attention as an operator, column-major, TMA-aligned, packed UE8M0": {
         s: f"{RULES}::test_latent_attention[{s}-col+tma+ue8m0_packed]" for s in ("fp8_group128", "fp8_group64")
     },

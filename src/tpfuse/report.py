@@ -152,10 +152,11 @@ def _grouped(events: Iterable[Event]) -> list[str]:
     """Events that differ in nothing but the layer number share a line."""
     groups: dict[str, list[Event]] = {}
     for event in events:
-        key = str(Event(event.status, event.rule, _numberless(event.site), None, event.reason, event.attributes))
+        key = str(Event(event.status, event.rule, numberless(event.site), None, event.reason, event.attributes))
         groups.setdefault(key, []).append(event)
     return [key if len(es) == 1 else f"{key}  × {len(es)}" for key, es in groups.items()]
 
 
-def _numberless(site: str) -> str:
+def numberless(site: str) -> str:
+    """A layer path with "*" for its numbers."""
     return ".".join("*" if part.isdigit() else part for part in site.split("."))

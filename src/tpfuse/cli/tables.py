@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpfuse.cli.generate import SINGLE, Outcome
+from tpfuse.report import numberless
 
 STYLES = {"fired": "green", "declined": "yellow", "unfused": "yellow", "lowered": "cyan"}
 UNBOUNDED = 1 << 31
@@ -114,10 +115,6 @@ def tokens(limits: Any) -> str:
         return "any"
     start, end = limits
     return str(start) if start == end else f"{start}…" if end >= UNBOUNDED - 1 else f"{start}…{end}"
-
-
-def numberless(site: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in site.split("."))
 
 
 def _counts(ops: Mapping[str, int]) -> str:

@@ -28,7 +28,7 @@ from tpfuse.lowering.gemm_kernels import LISTS
 from tpfuse.lowering.table import UNFUSED, Table
 from tpfuse.measure import plain
 from tpfuse.measure.points import AGAIN, ALONE, NVLINK
-from tpfuse.measure.timing import summary
+from tpfuse.measure.timing import summary, without_index
 from tpfuse.target import Range, Target
 
 NCCL, TORCH = "nccl+cublas", "torch_fused"
@@ -154,7 +154,7 @@ class Gemms:
         for kernel in usable(point, args, self.target):
             self.prepare(kernel.prepare)
             launch = partial(point.op.launcher(kernel.name), *(args[p] for p in point.op.params), alive=point.alive)
-            found[kernel.name] = partial(_without_index, launch)
+            found[kernel.name] = partial(without_index, launch)
         product = replace(point, operator=SCATTER)
         if point.operator == WITH_NORM and product in self.fastest:
             found[UNFUSED] = self.unfused(point, product, self.fastest[product])
@@ -360,7 +360,3 @@ def picked_impl(point: GemmPoint, target: Target, table: Table) -> str | None:
     if isinstance(found, select.Pick):
         return impl_of(found.kernels[-1][1].name)
     return NCCL if point.scheme in ("", *NATIVE) else None
-
-
-def _without_index(launch: Callable[[], Any], i: int) -> Any:
-    return launch()

@@ -20,6 +20,7 @@ from tpfuse.lowering import select
 from tpfuse.lowering.table import Table
 from tpfuse.measure.collectives import OWN, UNFUSED, Collectives, impl_of, shapes
 from tpfuse.measure.points import AGAIN, HBM, NVLINK, Point
+from tpfuse.measure.timing import without_index
 from tpfuse.target import Target
 
 SCATTERED = "nccl_reduce_scatter+inductor+nccl_all_gather"
@@ -70,7 +71,7 @@ def kernels(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int]
         if kernel.backend in OWN and kernel.supports(given, built.target) is None:
             built.prepare(kernel.prepare)
             launch = partial(point.op.launcher(kernel.name), *(given[p] for p in point.op.params), alive=alive)
-            found[kernel.name] = partial(_without_index, launch)
+            found[kernel.name] = partial(without_index, launch)
     return found
 
 
@@ -78,10 +79,6 @@ def picked_sharded(point: ShardedPoint, target: Target, table: Table) -> str | N
     """What lowering would run at this point, by its name in result files; None where it would take the operator apart."""
     found = select.pick(point.op, {**shapes(point), "rows": point.tokens}, target, "auto", table)
     return impl_of(found.kernels[-1][1].name) if isinstance(found, select.Pick) else None
-
-
-def _without_index(launch: Callable[[], Any], i: int) -> Any:
-    return launch()
 
 
 def _nccl(built: Collectives, point: Point, own: slice) -> Callable[[int], Any]:

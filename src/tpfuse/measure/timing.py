@@ -134,3 +134,8 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 def slowest(everyone: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
     """Of all ranks' samples the largest of each replay, by implementation."""
     return {impl: [max(replay) for replay in zip(*(s[impl] for s in everyone), strict=True)] for impl in everyone[0]}
+
+
+def without_index(launch: Callable[[], Any], i: int) -> Any:
+    """A launch of the same arguments whatever the call's number."""
+    return launch()
