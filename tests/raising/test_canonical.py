@@ -38,6 +38,9 @@ FOLDED = {
 KEPT = {
     "copy that leaves the graph": (lambda x: (y := x + 1, y.clone()), {"clone": 1}),
     "copy of an input that leaves the graph": (lambda x: x.clone().view(12, 16), {"clone": 1}),
+    "copy of an input whose row leaves the graph": (lambda x: x.clone()[0], {"clone": 1}),
+    "copy of an input whose parts leave the graph": (lambda x: x.clone().split(12), {"clone": 1}),
+    "copy of an input whose bytes leave the graph": (lambda x: x.clone().view(torch.uint8), {"clone": 1}),
     "copy that changes the strides": (lambda x: x.t().contiguous().exp(), {"clone": 1}),
     "two casts that leave the graph": (lambda x: (x.float(), x.float()), {"convert_element_type": 2}),
     "expand to more rows": (lambda x: (x[:1] + 1).expand(24, 8) * x, {"expand": 1}),

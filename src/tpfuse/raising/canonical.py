@@ -23,16 +23,10 @@ from tpfuse.rewrite.match import (
     same_strides,
     tensor,
 )
+from tpfuse.shim import OpOverload
 
 _SAME = (*VIEWS, aten.expand.default, aten.alias.default, aten.detach.default)
 _NO_OPS = (*_SAME, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
-_ALIASING = (
-    *_SAME,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    operator.getitem,
-)
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # What a scale is formed by.
 _SCALE = (
@@ -71,7 +65,14 @@ def _is_no_op(node: fx.Node) -> bool:
 
 def _escapes(node: fx.Node) -> bool:
     """Whether a node's memory leaves the graph or is written to."""
-    return any(u.op == "output" or u.target is aten.copy_.default or (u.target in _ALIASING and _escapes(u)) for u in node.users)
+    return any(u.op == "output" or u.target is aten.copy_.default or (_is_view(u) and _escapes(u)) for u in node.users)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node's result, or one of its results, may lie in the memory of an operand."""
+    if node.target in _SAME or node.target is operator.getitem:
+        return True
+    return isinstance(node.target, OpOverload) and any(r.alias_info is not None for r in node.target._schema.returns)
 
 
 def _fold_view(node: fx.Node) -> fx.Node:
