@@ -55,6 +55,17 @@ def test_three(group: str) -> None:
     assert [e.status for e in events] == ["fired"] * 2
 
 
+def test_terms_left_alone_are_as_small_as_they_are(group: str) -> None:
+    """Two biases that stood in one sum with an all-reduce are a sum of vectors without it; later passes go by its shape."""
+    gm, _ = trace(lambda a, b, h: (reduced(a * 2, group) + h[0] + h[1]) + reduced(b * 3, group), inputs(3))
+    raise_graph(gm.graph)
+    fuse(gm.graph, ["merge_all_reduce"])
+    sums = [n for n in gm.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    assert sorted(n.meta["val"].dim() for n in sums) == [1, 2, 2]
+    for node in sums:
+        assert node.meta["val"].shape == torch.broadcast_shapes(*(a.meta["val"].shape for a in node.args))
+
+
 def norm(h: Tensor, weight: Tensor) -> Tensor:
     return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
 

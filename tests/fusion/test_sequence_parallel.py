@@ -202,6 +202,21 @@ def test_a_residual_that_everybody_needs_whole(group):
     assert reasons(refused(model, *ARGS), "sequence_parallel") == ["no_norm"]
 
 
+def test_results_that_lie_in_memory_by_columns(group):
+    """A residual that lies so gives its strides to what it is added to; gathered rows have their own."""
+
+    def model(x, residual, w, m):
+        h = residual.t().contiguous().t() + all_reduce(x, group)
+        h = h + all_reduce(norm(h, w) @ m, group)
+        return norm(h, w), h
+
+    gm = graph(model, *ARGS)
+    before = [n.meta["val"].stride() for n in gm.graph.find_nodes(op="output")[0].args[0]]
+    events = fused(gm, ("all_reduce_norm", *SP))
+    assert [n.meta["val"].stride() for n in gm.graph.find_nodes(op="output")[0].args[0]] == before
+    assert "strides" in reasons(events, "sequence_parallel")
+
+
 def test_more_gathers_than_sums(group):
     """Two norms of one residual, neither from the other, would both be gathered."""
 

@@ -275,6 +275,12 @@ def test_near_misses(name: str) -> None:
     assert not result.named("quantize") and result.reasons == [reason]
 
 
+def test_scales_of_rows_across_columns() -> None:
+    """As many rows as columns, and each row's maximum scales a column."""
+    result = raised(lambda x: fp8(x.float() / (x.float().abs().amax(-1) / 448)), rows(tokens=HIDDEN), dynamic=None)
+    assert not result.named("quantize") and result.reasons == ["scale_shape"]
+
+
 @pytest.mark.parametrize("name", ["even and odd exchanged", "ties away from even", "four bits of zero"])
 def test_codes_that_are_not_nvfp4(name: str) -> None:
     def spelling(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:

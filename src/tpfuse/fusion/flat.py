@@ -11,7 +11,7 @@ from torch import SymInt, fx
 from tpfuse.fusion.rows import regroups
 from tpfuse.ir.op import registry
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import aten, is_call, is_tensor, same_shape, tensor
+from tpfuse.rewrite.match import aten, contiguous, is_call, is_tensor, same_shape, tensor
 from tpfuse.rewrite.order import ORDER
 
 SCATTER, GATHER, NORM, QUANTIZE = (registry[n].default for n in ("reduce_scatter", "all_gather", "rms_norm", "quantize"))
@@ -36,7 +36,7 @@ def flatten(graph: fx.Graph) -> None:
         rows = node.all_input_nodes if is_call(node, aten.add.Tensor) else [node.args[0]]
         if not any(r in grouped for r in rows) or not all(map(is_tensor, rows)) or node.kwargs:
             continue
-        if not all(same_shape(tensor(r), tensor(rows[0])) for r in rows) or _sizes(rows[0]) is None:
+        if not all(same_shape(tensor(r), tensor(rows[0])) and contiguous(tensor(r)) for r in rows) or _sizes(rows[0]) is None:
             continue
         with graph.inserting_before(node):
             flats = {r: _flat(graph, r) for r in rows}

@@ -89,7 +89,24 @@ def _merge(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
     graph.erase_node(last)
     (inner,) = first.users
     (other,) = (n for n in inner.args if n is not first)
+    outer = only_user(inner)
     inner.replace_all_uses_with(other)  # type: ignore[arg-type]
     graph.erase_node(inner)
     graph.erase_node(first)
+    if outer is not None:
+        _revalue(outer)
     return new
+
+
+def _revalue(node: fx.Node) -> None:
+    """A sum that lost a term may be smaller than it was, a bias and another one; and so the sums of it alone."""
+    while is_call(node, aten.add.Tensor):
+        with node.graph.inserting_before(node):
+            new = emit(node.graph, aten.add.Tensor, node.args, like=node, kwargs=node.kwargs)
+        if _like(new, node):
+            node.graph.erase_node(new)
+            return
+        (user,) = node.users
+        node.replace_all_uses_with(new)
+        node.graph.erase_node(node)
+        node = user

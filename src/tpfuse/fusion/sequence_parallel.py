@@ -21,7 +21,7 @@ from tpfuse.fusion.shards import Shards
 from tpfuse.ir.collective import world_size
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
-from tpfuse.rewrite.match import is_call, is_tensor, tensor
+from tpfuse.rewrite.match import contiguous, is_call, is_tensor, tensor
 from tpfuse.rewrite.order import ORDER, number_collectives
 from tpfuse.rewrite.site import site_of
 
@@ -199,6 +199,9 @@ def _structure(chain: Chain) -> Decline | None:
         )
     if not any(n.target in NORMS or n.target in REDUCTIONS for n in chain.nodes):
         return Decline("no_norm", "its residual is needed whole after every sum: no norm would work on own rows")
+    for node in chain.gathered:  # scales are put together by their layout
+        if not _is_scales(node) and not contiguous(tensor(node)):
+            return Decline("strides", f"{node.name} is needed with strides {tuple(tensor(node).stride())}, gathered rows have others")
     return None
 
 

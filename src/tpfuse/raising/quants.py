@@ -133,6 +133,8 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
     dynamic = _dynamic(factor if spread is None else spread, divides)
     if spread is not None:
         return _raise_spread(cast, x, factor, dynamic, options)
+    if isinstance(dynamic, Dynamic) and not _is_column(factor, value):
+        return Decline("scale_shape", f"scales of rows meet {list(tensor(value).shape)} as {list(tensor(factor).shape)}")
     if isinstance(dynamic, Dynamic) and same_value(dynamic.of, x):
         return _raise_dynamic(cast, x, dynamic, options)
     if isinstance(dynamic, Dynamic) and (rounded := _rounded(dynamic.of, x)) is not None:
@@ -373,6 +375,12 @@ def _rounded(of: fx.Node, x: fx.Node) -> str | None:
 
 def _is_scalar(factor: Any) -> bool:
     return is_tensor(factor) and all(same(n, 1) for n in tensor(factor).shape)
+
+
+def _is_column(factor: fx.Node, value: fx.Node) -> bool:
+    """Whether a factor has one number for each row of a value: as many rows as columns would let it lie across."""
+    lead, (*rows, last) = tensor(value).shape[:-1], tensor(factor).shape or [0]
+    return len(lead) == len(rows) and same(last, 1) and all(map(same, lead, rows))
 
 
 def _shape_of(factor: fx.Node) -> Decline | None:

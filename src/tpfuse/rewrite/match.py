@@ -54,6 +54,11 @@ def same_strides(a: Tensor, b: Tensor) -> bool:
     return all(same(n, 1) or same(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
+def contiguous(value: Tensor) -> bool:
+    """Whether a tensor lies in memory row by row."""
+    return same_strides(value, value.new_empty(value.shape))
+
+
 def cast_source(node: Any) -> fx.Node | None:
     """The operand of a cast that changes the dtype and nothing else, or None."""
     if is_call(node, prims.convert_element_type.default):
