@@ -46,6 +46,16 @@ def test_a_bias_is_added_once(group):
     assert not [n for n in gm.graph.nodes if "add" in str(n.target)]
 
 
+def test_a_product_of_gathered_rows_with_themselves(group):
+    def model(x):
+        y = all_gather(x, 2, group)
+        return y @ y
+
+    gm = graph(model, rows(HIDDEN // 2))
+    fused(gm, TP)
+    assert names(gm) == ["all_gather", "matmul"]
+
+
 def test_several_products_of_one_gather(group):
     def model(x, a, b, bias):
         y = all_gather(x, 2, group)

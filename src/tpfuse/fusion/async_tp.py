@@ -90,7 +90,9 @@ class Gather:
             return None
 
         def ready(product: fx.Node) -> bool:
-            return all(latest[a] < node.meta[ORDER] for a in product.all_input_nodes if a not in (rows, _part(node, 1)))
+            given = (("x", rows), ("x_scale", _part(node, 1)))  # the rows may be the weight too: then it waits for all of them
+            others = [a for name, a in _bound(product).items() if isinstance(a, fx.Node) and (name, a) not in given]
+            return all(latest[a] < node.meta[ORDER] for a in others)
 
         users = [u for u in rows.users if _named(u, "matmul", "scaled_matmul") and _bound(u)["x"] is rows and ready(u)]
         if _named(node, "all_gather") and all(_named(u, "matmul") for u in users):

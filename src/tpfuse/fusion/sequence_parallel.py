@@ -201,7 +201,7 @@ def _structure(chain: Chain) -> Decline | None:
         return Decline("no_norm", "its residual is needed whole after every sum: no norm would work on own rows")
     for node in chain.gathered:  # scales are put together by their layout
         if not _is_scales(node) and not contiguous(tensor(node)):
-            return Decline("strides", f"{node.name} is needed with strides {tuple(tensor(node).stride())}, gathered rows have others")
+            return Decline("strides", f"{node.name} is needed with strides {tuple(tensor(node).stride())}: no gathered rows")
     return None
 
 
