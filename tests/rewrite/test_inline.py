@@ -57,6 +57,16 @@ def test_inline(op: Op, dtype: torch.dtype) -> None:
     assert_body(gm, inputs, expected)
 
 
+def test_inline_of_one_value_given_twice() -> None:
+    """Its body serves the next call of these shapes, whose values are two."""
+    op = registry["act_and_mul"]
+    gm, inputs = trace(lambda a, b: (op.default(a, a, "silu"), op.default(a, b, "silu")), [torch.randn(24, 8), torch.randn(24, 8)])
+    expected = fx.Interpreter(gm).run(*inputs)
+    for node in [n for n in gm.graph.nodes if find(n.target)]:
+        inline(gm.graph, node, op)
+    assert_body(gm, inputs, expected)
+
+
 @pytest.mark.parametrize("op", COMPOSITES, ids=lambda op: op.name)
 def test_unfuse(op: Op) -> None:
     """One level: smaller operators are left, and taking those apart too ends in leaves."""

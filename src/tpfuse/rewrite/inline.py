@@ -131,7 +131,8 @@ def trace_body(op: Op, fakes: Mapping[str, Tensor], fixed: Mapping[str, Any]) ->
     mode = detect_fake_mode(list(fakes.values()))
     assert mode is not None
     with mode, enable_python_dispatcher():  # as AOTAutograd traces; else sizes become numbers in composite operators
-        return make_fx(call, decomposition_table=decompositions())(*fakes.values()).graph
+        apart = [value.detach() for value in fakes.values()]  # one tensor given twice would be traced as one placeholder
+        return make_fx(call, decomposition_table=decompositions())(*apart).graph
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
