@@ -235,6 +235,7 @@ NEGATIVE: dict[str, tuple[Callable[..., Any], str]] = {
     "plain cast": (lambda x, s: x.to(E4M3), "not_scaled"),
     "clamp and cast": (lambda x, s: fp8(x), "not_scaled"),
     "other bounds": (lambda x, s: (x.float() / s).clamp(-240, 240).to(E4M3), "clamp_bounds"),
+    "other bounds behind ±448": (lambda x, s: (x.float() / s).clamp(-448, 448).clamp(-99, 99).to(E4M3), "clamp_bounds"),
     "one bound": (lambda x, s: (x.float() / s).clamp(max=448).to(E4M3), "clamp_bounds"),
     "rounded between": (lambda x, s: fp8((x.float() / s).bfloat16()), "rounding"),
     "one scale a column": (lambda x, s: fp8(x.float() / (torch.arange(HIDDEN) + 1.0)), "scale_shape"),

@@ -60,7 +60,8 @@ def test_inline(op: Op, dtype: torch.dtype) -> None:
 def test_inline_of_one_value_given_twice() -> None:
     """Its body serves the next call of these shapes, whose values are two."""
     op = registry["act_and_mul"]
-    gm, inputs = trace(lambda a, b: (op.default(a, a, "silu"), op.default(a, b, "silu")), [torch.randn(24, 8), torch.randn(24, 8)])
+    values = [torch.randn(24, 8) for _ in range(2)]
+    gm, inputs = trace(lambda a, b: (op.default(a, a, "silu"), op.default(a, b, "silu")), values, dynamic=None)
     expected = fx.Interpreter(gm).run(*inputs)
     for node in [n for n in gm.graph.nodes if find(n.target)]:
         inline(gm.graph, node, op)

@@ -109,7 +109,8 @@ def _unclamped(cast: fx.Node) -> tuple[fx.Node, dict[str, bool]] | Decline:
                 narrow = tensor(node).dtype  # type: ignore[arg-type]
             node = source
         elif (bound := _bound(node)) is not None:
-            bounds[bound[0]] = bound[1]
+            side, limit = bound
+            bounds[side] = (max if side == "low" else min)(limit, bounds.get(side, limit))
             node = node.args[0]  # type: ignore[union-attr]
         else:
             break
