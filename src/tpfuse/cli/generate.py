@@ -51,12 +51,12 @@ class Job:
 
 @dataclass
 class Run:
-    """One greedy generation.  Times in seconds; per_token: the mean over the tokens after the first."""
+    """One greedy generation.  Times in seconds; per_token: the mean of those after the first, None where there are none."""
 
     tokens: list[int]
     text: str
     first_token: float
-    per_token: float
+    per_token: float | None
 
 
 @dataclass
@@ -263,7 +263,7 @@ class _Count:
 
 def _run(tokenizer: Any, tokens: list[int], times: list[float]) -> Run:
     rest = times[1:]
-    return Run(tokens, tokenizer.decode(tokens), times[0], sum(rest) / len(rest) if rest else 0.0)
+    return Run(tokens, tokenizer.decode(tokens), times[0], sum(rest) / len(rest) if rest else None)
 
 
 def _stops(model: Any) -> set[int]:

@@ -43,7 +43,8 @@ def times(out: Outcome) -> Table:
     expected = out.runs.get(SINGLE) or next(iter(out.runs.values()))
     for name, run in out.runs.items():
         text = "" if len(out.runs) == 1 else "[green]equal[/green]" if run.tokens == expected.tokens else "[red]differs[/red]"
-        table.add_row(name, f"{run.first_token * 1e3:.1f} ms", f"{run.per_token * 1e3:.1f} ms", str(len(run.tokens)), text)
+        each = "–" if run.per_token is None else f"{run.per_token * 1e3:.1f} ms"
+        table.add_row(name, f"{run.first_token * 1e3:.1f} ms", each, str(len(run.tokens)), text)
     return table
 
 
