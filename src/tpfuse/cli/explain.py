@@ -47,7 +47,8 @@ def run(
 ) -> None:
     """The command: see `tpfuse explain --help`.  FusionError under `strict`, after nothing was written."""
     writable(json, html)
-    report, name = plan(path, tp, dtype, target, config)
+    with console.status("tracing the model"):  # as long as torch takes, half a minute for 30 layers
+        report, name = plan(path, tp, dtype, target, config)
     told = f"{name}, {tp} ranks, {dtype}, {target.device}{f' sm_{target.sm}' if target.sm else ''}"
     console.print(f"[bold]{told}[/bold]", highlight=False)
     tables.show_report(console, loads(report.to_json()))
