@@ -78,6 +78,19 @@ def test_epsilon_stays_a_constant_under_dynamic():
     assert not close(compiled(x), before)
 
 
+def test_integers_that_are_no_sizes():
+    """A position that `dynamic=True` left open may have any sign; another one is another call, not another graph."""
+    inner, x = Stack(), torch.randn(5, 32)
+
+    def model(x, position):
+        return inner(x * position)
+
+    compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
+    for position in (3, 7, -2):
+        assert close(compiled(x, position), model(x, position))
+    assert len(compiled.report.results) == 1 and compiled.report.fired()
+
+
 def test_explain_for_another_machine():
     target = tpfuse.Target("cuda", 90, 2, True, False, frozenset({"reference", "nccl"}))
     report = tpfuse.explain(Stack(), torch.randn(5, 32), target=target)

@@ -292,19 +292,23 @@ def expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, SymInt) else value
 
 
-def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int, int | None]:
-    """The bounds that the graph's guards gave a symbol; None for no upper one."""
+def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int | None, int | None]:
+    """The bounds that the graph's guards gave a symbol; None for none, a lower one of an integer that is no size."""
     bounds = value.node.shape_env.var_to_range[symbol]
-    upper = None if not bounds.upper.is_Integer else int(bounds.upper)
-    return int(bounds.lower), upper
+    low, high = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
+    return low, high
 
 
-def fresh_symbol(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> Any:
-    """A new symbol of `env` for a size between low and high whose value is now `hint`."""
+def fresh_symbol(env: ShapeEnv, name: str, hint: int, low: int | None, high: int | None) -> Any:
+    """A new symbol of `env` for an integer between low and high whose value is now `hint`."""
     from torch._dynamo.source import ConstantSource
 
-    symbol = env.create_symbol(hint, ConstantSource(name), DimDynamic.DYNAMIC, do_not_specialize_zero_one=True)
-    env.constrain_symbol_range(symbol, low, high if high is not None else torch.utils._sympy.numbers.int_oo)  # type: ignore[attr-defined]
+    endless: Any = torch.utils._sympy.numbers.int_oo  # type: ignore[attr-defined]
+    positive = None if low is None else True  # None: of either sign
+    symbol = env.create_symbol(
+        hint, ConstantSource(name), DimDynamic.DYNAMIC, positive=positive, do_not_specialize_zero_one=True
+    )  # fmt: skip
+    env.constrain_symbol_range(symbol, -endless if low is None else low, endless if high is None else high)
     return symbol
 
 

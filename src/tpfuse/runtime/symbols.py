@@ -95,9 +95,9 @@ def fresh_inputs(
             )  # fmt: skip
             low, high = shim.symbol_bounds(owner, symbol)
             if symbol == counted:
-                inside = max(low, -(-limits.start // each)), min(high or limits.end, limits.end // each)
+                inside = max(low or 0, -(-limits.start // each)), min(high or limits.end, limits.end // each)
                 low, high = inside if inside[0] <= inside[1] else (low, high)  # no multiple lies there: never called
-            if low == high:
+            if low is not None and low == high:
                 new[symbol] = sympy.Integer(low)
             else:
                 new[symbol] = shim.fresh_symbol(env, f"tpfuse_{len(new)}", values[symbol], low, high)
