@@ -78,6 +78,17 @@ def test_epsilon_stays_a_constant_under_dynamic():
     assert not close(compiled(x), before)
 
 
+def test_floats_that_the_graph_computes():
+    inner, x = Stack(), torch.randn(5, 32)
+
+    def model(x):
+        return inner(x * x.max().item())
+
+    compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert close(compiled(x), model(x)) and compiled.report.fired()
+
+
 def test_integers_that_are_no_sizes():
     """A position that `dynamic=True` left open may have any sign; another one is another call, not another graph."""
     inner, x = Stack(), torch.randn(5, 32)

@@ -64,11 +64,12 @@ def backend(
 def specialise_floats(graph: fx.Graph) -> None:
     """Make constants of the Python floats that `dynamic=True` turned into inputs, a norm's epsilon among them.
 
-    Reading such a float guards it: another value is another graph, as it is without `dynamic=True`.
+    Reading such a float guards it: another value is another graph, as it is without `dynamic=True`.  A float that the graph
+    computes (`tensor.item()`) has no value yet and stays.
     """
     for node in list(graph.nodes):
         value = node.meta.get("example_value")
-        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
+        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat) and value.node.has_hint():
             node.replace_all_uses_with(float(value))
             graph.erase_node(node)
 
