@@ -142,7 +142,15 @@ def in_fp32(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return half(x.float(), cos, sin)
 
 
-@pytest.mark.parametrize("turn", [wrong_sign, wrong_halves, other_source, in_fp32])
+def one_angle(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return half(x, cos[..., :1], sin[..., :1])
+
+
+def one_angle_of_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return half_chunks(x, cos[..., :2], sin[..., :2])
+
+
+@pytest.mark.parametrize("turn", [wrong_sign, wrong_halves, other_source, in_fp32, one_angle, one_angle_of_halves])
 def test_not_a_rotation(turn: Callable[..., Tensor]) -> None:
     found = raised(transposed(turn), *inputs())
     assert [name for name, _ in found.calls] == ["rms_norm", "rms_norm"]

@@ -149,6 +149,8 @@ def _turn(node: fx.Node) -> Turn | Decline | None:
     if core is None:
         return None
     x, cos, sin, base, pairs = core
+    if not all(same(_width(table), _width(x) // (2 if pairs else 1)) for table in (cos, sin)):
+        return None  # one angle for a whole head
     out = node
     if tensor(out).dtype != tensor(x).dtype:
         cast = only_user(out)
