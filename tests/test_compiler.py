@@ -94,7 +94,7 @@ def test_integers_that_are_no_sizes():
     inner, x = Stack(), torch.randn(5, 32)
 
     def model(x, position):
-        return inner(x * position)
+        return inner.norm(inner(x * position) + position)
 
     compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
     for position in (3, 7, -2):

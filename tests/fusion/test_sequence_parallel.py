@@ -177,6 +177,10 @@ def test_a_residual_that_differs_from_rank_to_rank(group):
     refused(lambda x, y, w, m: norm(all_reduce(x, group) + y @ m, w), *ARGS)
 
 
+def test_a_number_that_differs_from_rank_to_rank(group):
+    refused(lambda x, y, w, m: norm(all_reduce(x, group) + (y @ m).argmax().item(), w), *ARGS)
+
+
 def test_a_norm_over_the_rows(group):
     refused(lambda x, w, m: norm(all_reduce(x, group).t().contiguous(), w[:TOKENS]), rows(), torch.rand(TOKENS), WEIGHT)
 

@@ -25,7 +25,7 @@ SHARED = {
     aten.slice.Tensor, aten.select.int, aten.cat.default, aten.split.Tensor, aten.split_with_sizes.default,
     aten.expand.default, aten.permute.default, aten.transpose.int, aten.t.default, aten._to_copy.default,
     aten.full.default, aten.full_like.default, aten.arange.start_step, prims.iota.default, aten.scalar_tensor.default,
-    aten.constant_pad_nd.default, aten.gather.default, aten.cumsum.default,
+    aten.constant_pad_nd.default, aten.gather.default, aten.cumsum.default, aten._local_scalar_dense.default,
 }  # fmt: skip
 PRODUCTS = ("matmul", "scaled_matmul")
 
@@ -38,7 +38,7 @@ def replicated(graph: fx.Graph, group: str) -> set[fx.Node]:
     """
     known: set[fx.Node] = set()
     for node in graph.nodes:
-        given = node.op in ("placeholder", "get_attr") or not _is_value(node)
+        given = node.op in ("placeholder", "get_attr") or _is_size(node, known)
         if given or _gives_all(node, group) or (_keeps(node) and all(a in known for a in node.all_input_nodes)):
             known.add(node)
     return known
@@ -47,6 +47,13 @@ def replicated(graph: fx.Graph, group: str) -> set[fx.Node]:
 def _is_value(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor | list | tuple)
+
+
+def _is_size(node: fx.Node, known: set[fx.Node]) -> bool:
+    """Whether a node is no value but a size or what is worked out from such; an element read off a value is no size."""
+    if _is_value(node) or node.target is aten._local_scalar_dense.default:
+        return False
+    return all(a in known or is_tensor(a) for a in node.all_input_nodes)
 
 
 def _gives_all(node: fx.Node, group: str) -> bool:

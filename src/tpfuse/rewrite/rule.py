@@ -19,6 +19,7 @@ from torch import fx
 
 from tpfuse.ir.op import Op, find
 from tpfuse.report import Decline
+from tpfuse.rewrite.match import is_tensor
 
 aten = torch.ops.aten
 COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
@@ -224,7 +225,7 @@ def _bind(match: Match, p: fx.Node, g: Any) -> Match | Decline:
     kind = str(p.type)
     if g is None and "None" in kind:
         pass
-    elif not isinstance(g, _KINDS[kind.split(" |")[0]]):
+    elif not isinstance(g, _KINDS[kind.split(" |")[0]]) or (isinstance(g, fx.Node) and is_tensor(g) != kind.startswith("Tensor")):
         return Decline("argument", f"{name} must be a {kind}, found {_name(g)}")
     bound = match.copy()
     bound.args[name] = g
