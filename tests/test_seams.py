@@ -131,6 +131,22 @@ def test_graph_breaks():
     assert [e.reason.code for e in compiled.report.declined() if e.attributes.get("operator") == "all_reduce"] == ["leaves_graph"]
 
 
+def test_branches_under_inductor():
+    """Each range has sizes of its own, and so have the graphs of the branches between its layers."""
+
+    class Branching(Stack):
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x + 1, (layer(x),))
+            return self.norm(x)
+
+    model = Branching(HIDDEN, layers=1)
+    compiled = tpfuse.compile(model, {"ranges": (8,)}, dynamic=True, fullgraph=True)
+    for tokens in (8, 5, 20):
+        assert torch.allclose(compiled(rows(tokens)), model(rows(tokens)), rtol=1e-5, atol=1e-6)
+    assert len(compiled.report.results) == 2 and compiled.report.fired()
+
+
 class Recorder(CustomGraphPass):
     """Stands for the pass that held the slot before."""
 

@@ -23,7 +23,8 @@ from tpfuse.config import Config
 from tpfuse.ir import check
 from tpfuse.report import Report
 from tpfuse.runtime import agreement
-from tpfuse.runtime.dispatch import Dispatcher, copy_graph
+from tpfuse.runtime.dispatch import Dispatcher
+from tpfuse.runtime.symbols import copy_graph
 
 FUSED, UNFUSED, SINGLE = "fused", "unfused", "single process, FP32"
 Step = Callable[[Tensor], Tensor]  # token ids [1, T] → logits of the last one [vocabulary]; the cache moves on

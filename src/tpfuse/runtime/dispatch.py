@@ -28,7 +28,15 @@ from tpfuse.report import Decline, Event, FusionError, RangeResult, Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.key import sources
-from tpfuse.runtime.symbols import Bindings, fresh_inputs, renew_strides, resized, token_expression
+from tpfuse.runtime.symbols import (
+    Bindings,
+    copy_graph,
+    fresh_inputs,
+    renew_bodies,
+    renew_strides,
+    resized,
+    token_expression,
+)
 from tpfuse.runtime.tables import follow_first, table_of
 from tpfuse.target import UNBOUNDED, Range
 
@@ -246,6 +254,7 @@ class Dispatcher:
         inputs, mode, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
         renew_strides(graph, mode, symbols, values)
         gm = fx.GraphModule(self.gm, graph)
+        renew_bodies(gm, mode, symbols, values)
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
         worlds = sorted((name, len(ranks)) for name, ranks in self._groups().items())
 
@@ -267,14 +276,6 @@ class Dispatcher:
             folder = Path(self.config.dump) / f"rank{rank}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"graph{self.number}-{limits.start}-{limits.end}-{stage}.txt").write_text(_text(graph), encoding="utf-8")
-
-
-def copy_graph(old: fx.Graph) -> fx.Graph:
-    """A copy that shares nothing but metadata values."""
-    graph = fx.Graph()
-    output = graph.output(graph.graph_copy(old, {}))
-    output.meta.update(old.find_nodes(op="output")[0].meta)
-    return graph
 
 
 def _text(graph: fx.Graph) -> str:

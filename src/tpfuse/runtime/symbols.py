@@ -121,6 +121,30 @@ def renew_strides(graph: fx.Graph, mode: shim.FakeTensorMode, new: dict[Any, Any
             del node.meta["eager_input_vals"]
 
 
+def renew_bodies(gm: fx.GraphModule, mode: shim.FakeTensorMode, new: dict[Any, Any], values: dict[Any, int]) -> None:
+    """Say in the symbols of `fresh_inputs` too what flows through the graphs that higher-order operators run (the branches of
+    `torch.cond`): Inductor holds these to what they are given.  Ranges have copies of their own."""
+    for name in {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}:
+        body = getattr(gm, name)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        body = fx.GraphModule(body, copy_graph(body.graph))
+        for node in body.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor | SymInt) and set(shim.symbols_of(value)) <= set(new):
+                node.meta["val"] = _renewed(value, mode, new, values)
+        renew_bodies(body, mode, new, values)
+        setattr(gm, name, body)
+
+
+def copy_graph(old: fx.Graph) -> fx.Graph:
+    """A copy that shares nothing but metadata values."""
+    graph = fx.Graph()
+    output = graph.output(graph.graph_copy(old, {}))
+    output.meta.update(old.find_nodes(op="output")[0].meta)
+    return graph
+
+
 def _renewed(value: Any, mode: shim.FakeTensorMode, new: dict[Any, Any], values: dict[Any, int]) -> Any:
     """A fake value under a mode of other symbols."""
 
