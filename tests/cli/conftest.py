@@ -39,6 +39,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def call(*arguments: object) -> tuple[int, str, str]:
         from tpfuse.cli.__main__ import main
 
+        monkeypatch.delenv("COLUMNS", raising=False)  # pytest-xdist sets it
         monkeypatch.setattr(sys, "argv", ["tpfuse", *map(str, arguments)])
         status = 0
         try:
