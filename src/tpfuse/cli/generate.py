@@ -94,7 +94,7 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
 
     out = Outcome(prompt_tokens=ids.shape[1])
     twins = Twins(model, job.config, job.variants)
-    compiled = Session(model, twins, ids.shape[1] + job.max_new_tokens)
+    compiled = Decoder(model, twins, ids.shape[1] + job.max_new_tokens)
     out.compile = compiled.compile(ids, job.variants, progress)
 
     stops = _stops(model)
@@ -112,20 +112,20 @@ def _work(place: Place, progress: Progress, job: Job) -> Outcome:
 
 
 def _compare(
-    out: Outcome, compiled: Session, ids: Tensor, stops: set[int], job: Job, tokenizer: Any, count: _Count
+    out: Outcome, compiled: Decoder, ids: Tensor, stops: set[int], job: Job, tokenizer: Any, count: _Count
 ) -> None:
     """Run the model unsharded, eager, in FP32 on rank 0; then every variant along its tokens, and compare the logits."""
     tokens: list[int] = []
     exact = None
     if dist.get_rank() == 0:
         whole = models.load(job.folder, 1, torch.float32, ids.device)
-        session = Session(whole, whole, ids.shape[1] + job.max_new_tokens, alone=True)
+        decoder = Decoder(whole, whole, ids.shape[1] + job.max_new_tokens, alone=True)
         # On past the end of the text: as many positions to compare as were asked for.
-        tokens, times = session.generate(ids, job.max_new_tokens, set(), count)
+        tokens, times = decoder.generate(ids, job.max_new_tokens, set(), count)
         ended = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
         out.runs[SINGLE] = _run(tokenizer, tokens[:ended], times[:ended])
-        exact = session.follow(ids, tokens)
-        del whole, session
+        exact = decoder.follow(ids, tokens)
+        del whole, decoder
     shared = [tokens]
     dist.broadcast_object_list(shared, 0)
     for variant in job.variants:
@@ -185,7 +185,7 @@ class Twins(nn.Module):
         return call
 
 
-class Session:
+class Decoder:
     """A model with a static KV cache for one sequence of at most `length` tokens.
 
     model: for its configuration and its cache.  call: what runs it, compiled or not.  alone: no other rank takes part.
