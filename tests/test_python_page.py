@@ -24,7 +24,8 @@ def test_blocks(tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TPFUSE_")}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     for _ in range(2):  # a reader's second run finds Inductor's caches full
-        done = subprocess.run([sys.executable, tmp_path / "page.py"], env=environment, capture_output=True, text=True, timeout=110)
+        command = [sys.executable, tmp_path / "page.py"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
