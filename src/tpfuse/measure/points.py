@@ -15,12 +15,20 @@ from tpfuse.ir.op import Op
 from tpfuse.measure.timing import slowest, summary
 
 NVLINK = 380e9  # bytes a second in one direction between two H100s, attainable
-HBM = 3.35e12  # of an H100 SXM, by its datasheet
 AGAIN = " (A/A)"  # a second graph of an implementation: the difference is the noise
 ALONE = "gemm_alone"  # a product without its collective
 LAYOUTS = {"nvfp4": "linear"}  # "row" for the others
 
 Impls = Mapping[str, Callable[[int], Any]]
+
+
+def memory_bandwidth() -> float:
+    """Bytes a second that this GPU's memory can move, by its clock and width; without a GPU an H100 SXM's, of its datasheet."""
+    if not torch.cuda.is_available():
+        return 3.35e12
+    from triton import testing
+
+    return testing.get_dram_gbps() * 1e9
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Point:
         """The larger of what each rank must send by the best algorithm over NVLink and read and write in its memory."""
         written = 2.0 if not self.scheme else 1.0 + (0.53 if self.scheme == "nvfp4" else 1.0) / self.torch_dtype.itemsize
         moved = (1 + self.residual + written) * self.message
-        return max(2 * (world - 1) / world * self.message / NVLINK, moved / HBM) * 1e6
+        return max(2 * (world - 1) / world * self.message / NVLINK, moved / memory_bandwidth()) * 1e6
 
     def rows(self, samples: Mapping[str, list[float]], world: int, picked: str | None) -> list[dict[str, Any]]:
         """Of a result file, one an implementation.  picked: the one that lowering would pick."""

@@ -19,7 +19,7 @@ from tpfuse.ir.op import Op
 from tpfuse.lowering import select
 from tpfuse.lowering.table import Table
 from tpfuse.measure.collectives import OWN, UNFUSED, Collectives, impl_of, shapes
-from tpfuse.measure.points import AGAIN, HBM, NVLINK, Point
+from tpfuse.measure.points import AGAIN, NVLINK, Point, memory_bandwidth
 from tpfuse.measure.timing import without_index
 from tpfuse.target import Target
 
@@ -42,7 +42,7 @@ class ShardedPoint(Point):
         finished /= self.torch_dtype.itemsize
         sent = (world - 1) / world * (1 + finished) * self.message
         moved = (1 + 2 / world + finished) * self.message
-        return max(sent / NVLINK, moved / HBM) * 1e6
+        return max(sent / NVLINK, moved / memory_bandwidth()) * 1e6
 
 
 def implementations(built: Collectives, point: ShardedPoint) -> dict[str, Callable[[int], Any]]:
