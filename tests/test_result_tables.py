@@ -49,14 +49,40 @@ def test_a_pick_may_be_a_peer():
 
 def test_the_summary():
     text = tables.summary({"file.json": FILE})
-    assert "`file.json`: 2 × H100, NV18, 2026-11-25, commit abc, torch 2.11.0; picked by table 1a2b." in text
     # sqrt(1.2 * 7.9 / 8): and 64 tokens are slower by less than the repetition differed.
     assert "| all_reduce_add_rms_norm | – | 2 | 1.09× | 0.99× | 1.20× | none |" in text
+    assert "2 × H100, NV18, torch 2.11.0: [file](benchmarks/results/file.json) at abc." in text and "†" not in text
     slow = document(row("tpfuse:one_shot", 8.0), row("nccl+inductor", 7.0))
-    assert "| 1 | 0.88× | 0.88× | 0.88× | 1 |" in tables.summary({"file.json": slow})
-    assert "; at each point tpfuse's fastest, not what lowering picks" in tables.summary({"file.json": slow})
+    text = tables.summary({"file.json": slow})
+    assert "| – † | 1 | 0.88× | 0.88× | 0.88× | 1 |" in text
+    assert "†: tpfuse's fastest at each point, not what lowering picks" in text
+
+
+def test_a_heading():
+    def told(file: dict[str, Any]) -> str:
+        return tables.heading("file.json", file, tables.points(file))
+
+    assert told(FILE) == "`file.json`: 2 × H100, NV18, torch 2.11.0, 2026-11-25, commit abc; picked by table 1a2b."
+    slow = document(row("tpfuse:one_shot", 8.0), row("nccl+inductor", 7.0))
+    assert "; at each point (†) tpfuse's fastest, not what lowering picks" in told(slow)
     mixed = document(row("tpfuse:one_shot", 4.0, scheme="nvfp4"), row("nccl+inductor", 7.0, scheme="nvfp4"), *FILE["rows"])
-    assert "; at each point of nvfp4 tpfuse's fastest, not" in tables.summary({"file.json": mixed})
+    assert "; at each point of nvfp4 (†) tpfuse's fastest, not" in told(mixed)
+
+
+def test_of_two_runs_the_less_favourable_one_is_quoted():
+    def run(us: float) -> dict[str, Any]:
+        times = {"nccl+inductor": 100.0, "nccl+inductor (A/A)": 101.0, "no_collective": 60.0, "flashinfer": 90.0, "tpfuse": us}
+        return {**document(*(row(impl, us, op="decode") for impl, us in times.items())), "what": "e2e"}
+
+    faster = document(row("tpfuse:one_shot", 2.0), row("nccl+inductor", 7.0))
+    for order in (("a", "b"), ("b", "a")):
+        files = {"a": run(70.0), "b": run(80.0)}
+        text = tables.summary({f"{name}.json": files[name] for name in order})
+        assert "| decode | – | 4096 | 8 | 100 | 90 (1.11×) flashinfer | **80** (1.25×) | 60 | 50% |" in text
+        assert "[b](benchmarks/results/b.json)" in text and "[a]" not in text
+        files = {"a": faster, "b": FILE}
+        text = tables.summary({f"{name}.json": files[name] for name in order})
+        assert "1.09×" in text and "[b](benchmarks/results/b.json)" in text and "[a]" not in text
 
 
 def test_runs_of_tests_are_recorded_beside_earlier_ones():
@@ -114,7 +140,8 @@ def test_products_stand_beside_the_product_alone():
     text = tables.details({"file.json": file})
     assert "| tpfuse (µs) | by | best peer (µs) | which | speed-up | limit reached | ÷ GEMM alone | A/A |" in text
     assert "| 105.0 | chunked | 120.0 | torch_fused | 1.14× | 2% | 1.029 | 4.0% |" in text
-    assert "| matmul_reduce_scatter | – | 1 | 1.14× | 1.14× | 1.14× | none | 1.029 |" in tables.summary({"file.json": file})
+    assert "| matmul_reduce_scatter | – † | 1 | 1.14× | 1.14× | 1.14× | none | 1.029 |" in text
+    assert "| matmul_reduce_scatter | – † | 1 | 1.14× | 1.14× | 1.14× | none |\n" in tables.summary({"file.json": file})
 
 
 def test_every_plot_of_a_file_stands_below_its_table(tmp_path, monkeypatch):
@@ -124,8 +151,8 @@ def test_every_plot_of_a_file_stands_below_its_table(tmp_path, monkeypatch):
     rows = [row("nccl", 1.0, op=op) for op in ("all_gather_matmul", "all_gather_scaled_matmul", "scaled_matmul_reduce_scatter")]
     for name in ("gemm-all_gather_matmul", "gemm-matmul_reduce_scatter", "other"):
         (tmp_path / "results" / f"{name}.svg").touch()
-    found = tables.figures("gemm.json", {**document(*rows), "what": "gemm"})
-    assert found == [f"![gemm](results/gemm-{op}.svg)" for op in ("all_gather_matmul", "matmul_reduce_scatter")]
+    found = tables.figures("gemm.json", {**document(*rows), "what": "gemm"}, tmp_path / "docs")
+    assert found == [f"![gemm-{op}](../results/gemm-{op}.svg)" for op in ("all_gather_matmul", "matmul_reduce_scatter")]
 
 
 def test_files_that_nothing_may_be_quoted_from_are_left_out(tmp_path):

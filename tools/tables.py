@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,34 +80,35 @@ def points(document: Mapping[str, Any]) -> list[Point]:
 
 def heading(name: str, document: Mapping[str, Any], found: Sequence[Point]) -> str:
     """Where, when and with what a file was measured."""
-    machine, versions = document["machine"], document["versions"]
-    link = f", {machine['link']}" if machine.get("link") else ""
-    told = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "triton", "flashinfer", "nccl"))
     table = f"; picked by table {document['table']}" if document.get("table") else ""
     free = [p.where.get("scheme") or "unquantised" for p in found if not p.picked]
     which = f" of {', '.join(dict.fromkeys(free))}" if len(free) < len(found) else ""
-    unpicked = f"; at each point{which} tpfuse's fastest, not what lowering picks" if free else ""
-    machine_text = f"{machine['count']} × {machine['gpu']}{link}"
-    return f"`{name}`: {machine_text}, {document['date']}, commit {document['commit']}, {told}{table}{unpicked}."
+    unpicked = f"; at each point{which} (†) tpfuse's fastest, not what lowering picks" if free else ""
+    return f"`{name}`: {setting(document)}, {document['date']}, commit {document['commit']}{table}{unpicked}."
+
+
+def setting(document: Mapping[str, Any]) -> str:
+    """The machine and the versions of a result file."""
+    machine, versions = document["machine"], document["versions"]
+    link = f", {machine['link']}" if machine.get("link") else ""
+    told = ", ".join(f"{k} {v}" for k, v in versions.items() if k in ("torch", "triton", "flashinfer", "nccl"))
+    return f"{machine['count']} × {machine['gpu']}{link}, {told}"
 
 
 def room(name: str, document: Mapping[str, Any]) -> str:
     """Steps of a stack of layers: how much of what its collectives cost was won back.  "" where none was measured."""
     plain, none = "nccl+inductor", "no_collective"
-    rows = [row for row in document["rows"] if row["op"] != "serve"]
-    if not rows:
+    found = _steps(document)
+    if not found:
         return ""
-    impls = [i for i in dict.fromkeys(r["impl"] for r in rows) if i not in (plain, plain + AGAIN, none)]
+    impls = [i for i in dict.fromkeys(i for times in found.values() for i in times) if i not in (plain, plain + AGAIN, none)]
     columns = ["step", "scheme", "hidden", "tokens", plain, none, "A/A", *impls]
     lines = [
         f"{heading(name, document, ())}  Microseconds a layer, the speed-up over the first, and the share "
         "closed of the room between the first two.", "",
         "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
     ]  # fmt: skip
-    steps: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        steps.setdefault((row["op"], row["scheme"] or "–", row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
-    for where, times in steps.items():
+    for where, times in found.items():
         whole = times[plain] - times[none]
         cells = [*map(str, where), f"{times[plain]:.0f}", f"{times[none]:.0f}"]
         cells.append(f"{abs(times[plain + AGAIN] - times[plain]) / whole:.0%}")
@@ -118,7 +120,16 @@ def room(name: str, document: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def served(name: str, document: Mapping[str, Any]) -> str:
+def _steps(document: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Microseconds a layer by implementation, by (step, scheme, hidden, tokens)."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in document["rows"]:
+        if row["op"] != "serve":
+            found.setdefault((row["op"], row["scheme"] or "–", row["hidden"], row["tokens"]), {})[row["impl"]] = row["us"]
+    return found
+
+
+def served(name: str, document: Mapping[str, Any], above: Path) -> str:
     """Loads: time to first token, time of a step and throughput of each implementation.  "" where none was measured."""
     rows = [row for row in document["rows"] if row["op"] == "serve"]
     if not rows:
@@ -135,43 +146,109 @@ def served(name: str, document: Mapping[str, Any]) -> str:
         told = f"{row['ttft_us'] / 1e3:.2f} / {row['tpot_us'] / 1e3:.2f}, {row['tokens_per_s']:.0f}"
         loads.setdefault((row["shape"], row["scheme"] or "–", str(row["layers"]), load), {})[row["impl"]] = told
     lines += ["| " + " | ".join([*where, *(told.get(i, "–") for i in impls)]) + " |" for where, told in loads.items()]
-    plot = f"\n\n![loads]({RESULTS.relative_to(ROOT)}/{name.removesuffix('.json')}.svg)"
-    return "\n".join(lines) + (plot if (RESULTS / name).with_suffix(".svg").exists() else "")
+    return "\n\n".join(["\n".join(lines), *figures(name, document, above)])
 
 
 def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each operator and scheme of each file."""
-    parts = []
+    """The README's: whole layers, loads, and a line for each operator of several ranks and scheme.  What several files hold is
+    quoted from the one that is least favourable to tpfuse."""
+    parts = [steps(documents), *(served(name, d, ROOT) for name, d in documents.items() if d["what"] == "e2e")]
+    of_ranks = {name: d for name, d in documents.items() if d["what"] in ("collectives", "gemm")}
+    parts.append(operators(of_ranks))
+    parts += [next((f for n, d in of_ranks.items() if d["what"] == what for f in figures(n, d, ROOT)), "") for what in WHAT]
+    parts = [part for part in parts if part]
+    return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
+
+
+def steps(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each step of a stack of layers: tpfuse beside the best of its peers.  "" where none was measured."""
+    plain, none = "nccl+inductor", "no_collective"
+    found: dict[tuple[Any, ...], tuple[str, dict[str, float]]] = {}
     for name, document in documents.items():
-        if document["what"] == "e2e":
-            parts += filter(None, (room(name, document), served(name, document)))
-            continue
-        found = points(document)
-        of_products = any(p.alone_us for p in found)
-        lines = [
-            "| operator | scheme | points | speed-up over the best peer: geometric mean | least | most | slower than it |"
-            + " ÷ GEMM alone: geometric mean |" * of_products,
-            "|---|---|---|---|---|---|---|" + "---|" * of_products,
-        ]
-        for (op, scheme), own in _grouped(found).items():
-            speedups = [p.speedup for p in own]
-            slower = sum(p.speedup * (1 + p.noise) < 1 for p in own)
-            costs = [p.us / p.alone_us for p in own if p.alone_us]
-            lines.append(
-                f"| {op} | {scheme or '–'} | {len(own)} | {_mean(speedups):.2f}× | {min(speedups):.2f}× | {max(speedups):.2f}× "
-                f"| {slower or 'none'} |" + (f" {_mean(costs):.3f} |" if costs else "")
-            )
-        parts.append("\n\n".join(["\n".join([heading(name, document, found), "", *lines]), *figures(name, document)]))
-    told = '"Slower" counts points beyond the run\'s own A/A difference.  All points: [docs/performance.md](docs/performance.md).'
-    return "\n\n".join([*parts, told]) if parts else "No result with its peers has been recorded yet."
+        for where, times in _steps(document).items() if document["what"] == "e2e" else ():
+            held = found.get(where)
+            if "tpfuse" in times and (held is None or times[plain] / times["tpfuse"] < held[1][plain] / held[1]["tpfuse"]):
+                found[where] = name, times
+    if not found:
+        return ""
+    lines = [
+        "Whole layers, microseconds a layer (speed-up over NCCL with Inductor); *closed* is the share of what the collectives "
+        "cost that was won back:", "",
+        "| step | scheme | hidden | tokens | NCCL + Inductor | best other peer | **tpfuse** | no collectives | closed |",
+        "|" + "---|" * 9,
+    ]  # fmt: skip
+    for where, (_, times) in sorted(found.items(), key=lambda item: _order(item[0])):
+        base = times[plain]
+        others = {i: us for i, us in times.items() if not i.startswith(("tpfuse", plain, none))}
+        peer = min(others, key=lambda i: others[i], default=None)
+        lines.append(
+            f"| {' | '.join(map(str, where))} | {base:.0f} | "
+            + (f"{others[peer]:.0f} ({base / others[peer]:.2f}×) {peer}" if peer else "–")
+            + f" | **{times['tpfuse']:.0f}** ({base / times['tpfuse']:.2f}×) | {times[none]:.0f} "
+            f"| {(base - times['tpfuse']) / (base - times[none]):.0%} |"
+        )
+    return "\n".join([*lines, "", sources(documents, [name for name, _ in found.values()])])
 
 
-def figures(name: str, document: Mapping[str, Any]) -> list[str]:
-    """The plots beside a result file, one for all of it or one for each operator."""
+def _order(where: tuple[Any, ...]) -> tuple[Any, ...]:
+    step, scheme, *sizes = where
+    return step, scheme != "–", scheme, *sizes
+
+
+def operators(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each operator and scheme.  "" where none was measured."""
+    found: dict[tuple[str, str], tuple[str, list[Point]]] = {}
+    for name, document in documents.items():
+        for key, own in _grouped(points(document)).items():
+            if key not in found or _gain(own) < _gain(found[key][1]):
+                found[key] = name, own
+    if not found:
+        return ""
+    lines = ["Each operator over the best peer at each point:", "", *_lines([own for _, own in found.values()], alone=False)]
+    free = any(not p.picked for _, own in found.values() for p in own)
+    told = '"Slower" counts points beyond the run\'s own A/A difference.  '
+    told += "†: tpfuse's fastest at each point, not what lowering picks.  " * free
+    return "\n".join([*lines, "", told + sources(documents, [name for name, _ in found.values()])])
+
+
+def sources(documents: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
+    """The files that a table is made of, by machine and versions."""
+    told: dict[str, list[str]] = {}
+    for name in sorted(set(names)):
+        link = f"[{name.removesuffix('.json')}]({(RESULTS / name).relative_to(ROOT)})"
+        told.setdefault(setting(documents[name]), []).append(f"{link} at {documents[name]['commit']}")
+    return "  ".join(f"{where}: {', '.join(files)}." for where, files in told.items())
+
+
+def _lines(groups: Sequence[list[Point]], alone: bool = True) -> list[str]:
+    """A table with a line for each group of points of one operator and scheme.  alone: beside products alone too."""
+    of_products = alone and any(p.alone_us for own in groups for p in own)
+    lines = [
+        "| operator | scheme | points | geometric mean | least | most | slower |" + " ÷ GEMM alone |" * of_products,
+        "|" + "---|" * (7 + of_products),
+    ]
+    for own in groups:
+        speedups = [p.speedup for p in own]
+        slower = sum(p.speedup * (1 + p.noise) < 1 for p in own)
+        scheme = (own[0].where.get("scheme") or "–") + " †" * any(not p.picked for p in own)
+        costs = [p.us / p.alone_us for p in own if p.alone_us]
+        lines.append(
+            f"| {own[0].op} | {scheme} | {len(own)} | {_gain(own):.2f}× | {min(speedups):.2f}× | {max(speedups):.2f}× "
+            f"| {slower or 'none'} |" + (f" {_mean(costs):.3f} |" if of_products else "")
+        )
+    return lines
+
+
+def figures(name: str, document: Mapping[str, Any], above: Path) -> list[str]:
+    """The plots beside a result file, one for all of it or one for each operator, as seen from the folder `above`."""
     stem = name.removesuffix(".json")
     families = dict.fromkeys(row["op"].replace("scaled_", "").removesuffix("_quantize") for row in document["rows"])
     paths = [RESULTS / f"{stem}{end}.svg" for end in ("", *(f"-{family}" for family in families))]
-    return [f"![{document['what']}]({path.relative_to(ROOT)})" for path in paths if path.exists()]
+    return [f"![{path.stem}]({os.path.relpath(path, above)})" for path in paths if path.exists()]
+
+
+def _gain(own: Sequence[Point]) -> float:
+    return _mean([p.speedup for p in own])
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -180,15 +257,19 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every point of each file."""
-    parts = []
+    """Every point of each file, below a line for each operator and scheme."""
+    parts, here = [], ROOT / "docs"
     for name, document in documents.items():
-        if document["what"] == "e2e":  # all of it is in the summary
+        top = f"## {name.removesuffix('.json')}"
+        if document["what"] == "e2e":
+            parts.append("\n\n".join(filter(None, (top, room(name, document), served(name, document, here)))))
             continue
         found = points(document)
         sizes = [k for k in dict.fromkeys(k for p in found for k in p.where) if len({str(p.where.get(k)) for p in found}) > 1]
         columns = [k for k in sizes if k != "scheme"]
-        lines = [heading(name, document, found)]
+        lines = ["\n\n".join(
+            [heading(name, document, found), "\n".join(_lines(list(_grouped(found).values()))), *figures(name, document, here)]
+        )]  # fmt: skip
         for (op, scheme), own in _grouped(found).items():
             heads = [*columns, "tpfuse (µs)", "by", "best peer (µs)", "which", "speed-up", "limit reached"]
             heads += ["÷ GEMM alone", "A/A"] if own[0].alone_us else []
@@ -200,7 +281,7 @@ def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
                          f"{p.peer_us:.1f}", p.peer, f"{p.speedup:.2f}×", reached]  # fmt: skip
                 cells += [f"{p.us / p.alone_us:.3f}", f"{p.noise:.1%}"] if p.alone_us else []
                 lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join([f"## {document['what']}", "", *lines]))
+        parts.append("\n".join([top, "", *lines]))
     return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
 
 
