@@ -68,6 +68,27 @@ def test_scatter(world: int, tokens: int) -> None:
         problem.check(results, "chunked")
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("world", [3, 4])
+def test_copies_that_come_late(world: int) -> None:
+    """Products of later ranks' rows are done long before the first copy runs."""
+    made = [problems.scatter(rank, world, "", 256, 128, 1024, torch.bfloat16, True, 2) for rank in range(world)]
+
+    def launch(problem: Any) -> Callable[[Region], Any]:
+        rows, product = operands(problem.args[:3])
+        call = product_scatter.sum_of("matmul_reduce_scatter", rows, product, "")
+
+        def run(region: Region) -> list[Any]:
+            with torch.cuda.stream(region.copies):
+                torch.cuda._sleep(2_000_000)
+            return [product_scatter.chunked(region, rows, product, call).reduced]
+
+        return run
+
+    for problem, results in zip(made, Regions(SCATTER, world, 256, 1024)([launch(p) for p in made]), strict=True):
+        problem.check(results, "chunked")
+
+
 @pytest.mark.parametrize("algorithm", ["chunked", "push"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 50, 129])

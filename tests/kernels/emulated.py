@@ -1,5 +1,7 @@
-"""Regions of ranks in one process without a GPU, and what their kernels do to memory, in Python: no streams, and no waiting, so a
-call is made twice by all ranks: the second time everybody's rows are there."""
+"""Regions of ranks in one process without a GPU, and what their kernels do to memory, in Python: no waiting, so a call is made
+twice by all ranks: the second time everybody's rows are there.
+
+Copies run as late as streams allow: when another stream waits for them.  What they read must be there still."""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpfuse.kernels import arrive, product_scatter
 from tpfuse.kernels.channel import Link
@@ -18,9 +22,37 @@ from tpfuse.kernels.regions import GATHER, Region
 
 
 class Stream:
-    def record_event(self) -> None: ...
+    """Its own event.  late: copies to be made, each with where it reads, how many bytes, and whether that is memory still."""
 
-    def wait_event(self, event: None) -> None: ...
+    def __init__(self) -> None:
+        self.late: list[tuple[Tensor, int, int, StorageWeakRef]] = []
+
+    def record_event(self) -> Stream:
+        return self
+
+    def wait_event(self, event: Stream) -> None:
+        for there, address, count, memory in event.late:
+            assert not memory.expired(), "a copy has not run, and what it reads was given back"
+            there.view(torch.int8).view(-1).copy_(at(address, count, torch.int8))
+        event.late.clear()
+
+
+class _Late(TorchDispatchMode):
+    """Inside, copies are put off."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.copy_.default:
+            return func(*args, **(kwargs or {}))
+        there, here = args
+        if here.numel():
+            assert here.is_contiguous() and there.is_contiguous() and here.dtype == there.dtype
+            memory = StorageWeakRef(here.untyped_storage())
+            self.stream.late.append((there, here.data_ptr(), here.numel() * here.element_size(), memory))
+        return there
 
 
 def regions(monkeypatch: Any, kind: str, world: int, max_tokens: int, hidden: int) -> list[Region]:
@@ -30,11 +62,13 @@ def regions(monkeypatch: Any, kind: str, world: int, max_tokens: int, hidden: in
     made = []
     for rank in range(world):
         memory = Link.memory(world, torch.device("cpu"), 1.0)
-        stream: Any = Stream()
-        made.append(Region(rank, world, *memory, 132, layout, {}, stream, stream))
+        side: Any = Stream()
+        copies: Any = Stream()
+        made.append(Region(rank, world, *memory, 132, layout, {}, side, copies))
         made[-1].connect(buffers)
+    late = [region.copies for region in made]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: _Late(stream) if stream in late else nullcontext())
     monkeypatch.setattr(arrive, "_kernel", lambda name, rank, world, device: _Arrive(name, world))
     monkeypatch.setattr(product_scatter, "kernel_of", lambda name, call, link, plan, **flags: _Reduce(link.rank, link.world))
     return made

@@ -72,8 +72,10 @@ def _partial_rows(
     copies.wait_event(main.record_event())
     with torch.cuda.stream(copies):
         arrive.wait_done(region, call.operator)
+    every = []  # kept until all are sent: freed, the memory of one would be the next but one's, whose product waits for no copy
     for step in range(1, region.world):
         made, there = multiply((region.rank + step) % region.world)
+        every.append(made)
         copies.wait_event(main.record_event())
         with torch.cuda.stream(copies):
             there.copy_(made)
