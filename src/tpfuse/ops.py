@@ -100,9 +100,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = name
     call.__doc__ = document(op)
-    declared = inspect.signature(op.reference)
     preference = inspect.Parameter("kernels", inspect.Parameter.KEYWORD_ONLY, default="auto", annotation="str")
-    call.__signature__ = declared.replace(parameters=[*declared.parameters.values(), preference])  # type: ignore[attr-defined]
+    call.__signature__ = op.signature.replace(parameters=[*op.signature.parameters.values(), preference])  # type: ignore[attr-defined]
     globals()[name] = call
     return call
 

@@ -32,10 +32,10 @@ class Chained(Op):
 
         head = [
             p.replace(name=renamed.get(p.name, p.name), default=inspect.Parameter.empty)  # others without defaults follow
-            for p in inspect.signature(first.reference).parameters.values()
+            for p in first.signature.parameters.values()
         ]
-        signature = inspect.signature(then.reference)
-        body.__signature__ = signature.replace(parameters=[*head, *list(signature.parameters.values())[1:]])  # type: ignore[attr-defined]
+        rest = list(then.signature.parameters.values())[1:]
+        body.__signature__ = then.signature.replace(parameters=[*head, *rest])  # type: ignore[attr-defined]
         body.__name__, body.__doc__ = name, doc
         super().__init__(
             body, None, sample, "collective", (*first.row_args, *then.row_args[1:]), None, fuse,

@@ -126,7 +126,8 @@ class Op:
         self.opaque = opaque
         self._message = message
         self.kernels: list[Kernel] = [Kernel("reference", "", lambda args, target: None)]
-        self.params = list(inspect.signature(reference).parameters)
+        self.signature = inspect.signature(reference)  # asked once: each call binds its arguments by it
+        self.params = list(self.signature.parameters)
         self.collective = rows == "collective"
         self.leaf_fake = fake
         self._register()
@@ -183,7 +184,7 @@ class Op:
         are made of."""
         graph = fx.Graph()
         tracer = BodyTracer(graph, through)
-        parameters = inspect.signature(self.reference).parameters.values()
+        parameters = self.signature.parameters.values()
         proxies = [fx.Proxy(graph.placeholder(p.name, type_expr=p.annotation), tracer) for p in parameters]
         out = self.reference(*proxies)
         graph.output(tuple(o.node for o in out) if isinstance(out, tuple) else out.node)
@@ -191,7 +192,7 @@ class Op:
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments by name in the schema's order, defaults filled in.  TypeError for what does not fit."""
-        bound = inspect.signature(self.reference).bind(*args, **(kwargs or {}))
+        bound = self.signature.bind(*args, **(kwargs or {}))
         bound.apply_defaults()
         return dict(bound.arguments)
 

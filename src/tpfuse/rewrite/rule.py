@@ -7,7 +7,6 @@ operator, joined as they must be joined.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import operator
 from collections.abc import Iterator
@@ -154,8 +153,7 @@ def find_match(rule: Rule, node: fx.Node) -> Match | Decline | None:
 
 
 def _defaults(op: Op) -> dict[str, Any]:
-    parameters = inspect.signature(op.reference).parameters.values()
-    return {p.name: None if p.default is inspect.Parameter.empty else p.default for p in parameters}
+    return {p.name: None if p.default is p.empty else p.default for p in op.signature.parameters.values()}
 
 
 def _match(match: Match, p: Any, g: Any) -> Iterator[Match | Decline]:
