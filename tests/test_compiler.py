@@ -155,3 +155,22 @@ def test_unknown_names_suggest_the_closest(options, message):
         tpfuse.compile(Stack(), options)
     with pytest.raises(Exception, match=message):
         torch.compile(Stack(), backend=tpfuse.backend, options=options)(torch.randn(2, 32))
+
+
+def test_options_of_tpfuse_are_its_config():
+    """`options` of `tpfuse.compile` are Inductor's: a field of Config among them is refused, not passed over."""
+    with pytest.raises(ValueError, match="strict: fields of tpfuse.Config"):
+        tpfuse.compile(Stack(), options={"strict": True})
+    with pytest.raises(ValueError, match="unknown option 'max_autotun'"):
+        tpfuse.compile(Stack(), options={"max_autotun": True})
+
+
+def test_verified_sites_are_reported_by_every_way_in():
+    """Also where torch.compile holds the handle; many calls leave as many rows as one."""
+    model, x = Stack(), torch.randn(5, 32)
+    compiled = torch.compile(model, backend="tpfuse", options={"verify": True})
+    for _ in range(3):
+        compiled(x)
+    rows = tpfuse.last_report().verified
+    assert {row["site"] for row in rows} == {"layers.0", "layers.1", "layers.2"} and len(rows) == 6
+    assert sum(row["calls"] for row in rows) == 3 * 11  # six sites, of which the last leaves no residual

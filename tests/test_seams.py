@@ -66,10 +66,10 @@ def test_verify_reports_every_site():
     report = run({"verify": True})
     assert {row["site"] for row in report.verified} == {f"layers.{i}" for i in range(ALL // 2)}
     assert {(row["operator"], row["kernel"]) for row in report.verified} == {("all_reduce_add_rms_norm", "reference")}
-    # The last site's residual is dead.
-    assert len(report.verified) == 2 * ALL - 1
+    # A row for each result of each layer's two sites; the last site's residual is dead.
+    assert len(report.verified) == ALL and sum(row["calls"] for row in report.verified) == 2 * ALL - 1
     assert all(0 < row["error"] <= 1.25 * row["unfused_error"] for row in report.verified)
-    assert len(json.loads(report.to_json())["verified"]) == 2 * ALL - 1
+    assert json.loads(report.to_json())["verified"] == report.verified
 
 
 def test_verify_finds_a_wrong_kernel(monkeypatch):

@@ -15,7 +15,6 @@ from torch import fx
 
 from tpfuse import shim
 from tpfuse.config import Config
-from tpfuse.ir import check
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
@@ -35,29 +34,30 @@ def last_report() -> Report | None:
 
 
 def backend(
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    report: Report | None = None,
-    fuel: Callable[[], bool] | None = None,
+    gm: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """The backend of `torch.compile(backend="tpfuse", mode=…, options=…)`.
 
     options: fields of `Config`, and settings of Inductor, told apart by name.  mode: as for Inductor.
     ValueError for a name that neither knows.
     """
-    config, patches = _split(options or {})
+    own, patches = _split(options or {}, mode)
+    config, report = Config.of(own), Report()
+    _last[:] = [report]
+    return _compile(gm, inputs, config, patches, report, Fuel(config.fuel))
+
+
+def _compile(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: Config,
+    patches: dict[str, Any],
+    report: Report,
+    fuel: Callable[[], bool],
+) -> Callable[..., Any]:
+    """Inductor on a graph of Dynamo's, with tpfuse where it would compile one.  patches: settings of Inductor."""
     specialise_floats(gm.graph)
-    if mode is not None:
-        patches = {**shim.mode_options(mode), **patches}
-    if report is None:
-        report = Report()
-        _last[:] = [report]
-    inner = functools.partial(
-        compile_graph, config=config, patches=patches, report=report, fuel=fuel or Fuel(config.fuel)
-    )
+    inner = functools.partial(compile_graph, config=config, patches=patches, report=report, fuel=fuel)
     return shim.compile_fx(gm, inputs, inner, patches)
 
 
@@ -144,7 +144,8 @@ def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None
 
     model: a module or function.  config: a `Config` or a mapping of its fields, over the environment's.  kwargs: those of
     torch.compile (`dynamic`, `fullgraph`, `mode`, `options` of Inductor).
-    ValueError for a field or value that `Config` does not know; calls raise FusionError (see `Config.strict`, `Config.timeout`).
+    ValueError for a field or value that `Config` does not know, and for an option that is none of Inductor's; calls raise
+    FusionError (see `Config.strict`, `Config.timeout`).
     """
     if not callable(model):
         raise TypeError(f"a module or a function is compiled, not {type(model).__name__}")
@@ -157,23 +158,19 @@ class CompiledModel:
     def __init__(self, model: Callable[..., Any], config: Config, kwargs: dict[str, Any]) -> None:
         self.report = Report()
         self.config = config
+        own, patches = _split(kwargs.pop("options", None) or {}, kwargs.pop("mode", None))
+        if own:
+            raise ValueError(f"{', '.join(own)}: fields of tpfuse.Config, to be given as config and not among Inductor's options")
         _last[:] = [self.report]
-        mode, options = kwargs.pop("mode", None), kwargs.pop("options", None) or {}
-        own = {f.name: getattr(config, f.name) for f in fields(config)}
-        bound = functools.partial(
-            backend, mode=mode, options={**options, **own}, report=self.report, fuel=Fuel(config.fuel)
-        )
+        bound = functools.partial(_compile, config=config, patches=patches, report=self.report, fuel=Fuel(config.fuel))
         self._call = torch.compile(model, backend=bound, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = len(check.rows)
-        try:
-            return self._call(*args, **kwargs)
-        finally:
-            self.report.verified += check.rows[before:]
+        return self._call(*args, **kwargs)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+def _split(options: Mapping[str, Any], mode: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of Config, and settings of Inductor with those of its `mode`.  ValueError for a name that neither knows."""
     names = [f.name for f in fields(Config)]
     own = {k: v for k, v in options.items() if k in names}
     patches = {k: v for k, v in options.items() if k not in names}
@@ -182,7 +179,7 @@ def _split(options: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown option {name!r}: neither a field of tpfuse.Config nor a setting of Inductor{hint}")
-    return Config.of(own), patches
+    return own, {**(shim.mode_options(mode) if mode is not None else {}), **patches}
 
 
 def explain(

@@ -83,10 +83,21 @@ class Report:
     def __init__(self) -> None:
         self.results: list[RangeResult] = []
         self.shared: list[Event] = []  # of no particular range: raising, training graphs
-        self.verified: list[dict[str, Any]] = []  # filled by Config(verify=True): one row a site and call
+        self.verified: list[dict[str, Any]] = []  # filled by Config(verify=True), see `check`
 
     def add(self, result: RangeResult) -> None:
         self.results.append(result)
+
+    def check(self, row: Mapping[str, Any]) -> None:
+        """Take the errors of one call of a fused site into `verified`: a row for each site, operator, kernel and result holds how
+        often it was checked (`calls`) and the largest of each figure."""
+        same = [name for name, value in row.items() if not isinstance(value, float)]
+        for known in self.verified:
+            if all(known[name] == row[name] for name in same):
+                known.update({name: max(known[name], value) for name, value in row.items() if name not in same})
+                known["calls"] += 1
+                return
+        self.verified.append({**row, "calls": 1})
 
     @property
     def events(self) -> list[Event]:

@@ -20,7 +20,6 @@ from tpfuse.cli import models
 from tpfuse.cli.launch import Place, Progress
 from tpfuse.compiler import Fuel, compile_graph, drop_opaque_inputs
 from tpfuse.config import Config
-from tpfuse.ir import check
 from tpfuse.report import Report
 from tpfuse.runtime import agreement
 from tpfuse.runtime.dispatch import Dispatcher
@@ -153,11 +152,7 @@ class Twins(nn.Module):
         self._call = torch.compile(model, backend=lambda gm, inputs: shim.compile_fx(gm, inputs, self._inner, {}))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        before = len(check.rows)
-        try:
-            return self._call(*args, **kwargs)
-        finally:
-            self.report.verified += check.rows[before:]
+        return self._call(*args, **kwargs)
 
     def _inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
         kept = drop_opaque_inputs(gm, kwargs)

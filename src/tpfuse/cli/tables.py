@@ -98,7 +98,7 @@ def verified(rows: Iterable[Mapping[str, Any]]) -> Table:
     worst: dict[tuple[str, str, str], list[Any]] = {}
     for row in rows:
         entry = worst.setdefault((row["site"], row["operator"], row["kernel"]), [0, 0.0, 0.0, 0.0])
-        entry[0] += row["result"] == 0
+        entry[0] += row["calls"] * (row["result"] == 0)
         for i, name in enumerate(("error", "unfused_error", "max_difference"), 1):
             entry[i] = max(entry[i], row[name])
     for key, (calls, *figures) in worst.items():

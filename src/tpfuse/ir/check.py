@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +16,18 @@ if TYPE_CHECKING:
     from tpfuse.ir.op import Op
 
 PREFIX = "verify@"
-rows: list[dict[str, Any]] = []  # one a site and call, in the order they ran
 MARGIN = 1.25
+_tell: ContextVar[Callable[[dict[str, Any]], None]] = ContextVar("tell", default=lambda row: None)
+
+
+@contextmanager
+def told_to(tell: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, `tell` is called with a row for each result that is checked."""
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
 
 
 def checked(op: Op, args: tuple[Any, ...], spec: str, alive: tuple[bool, ...]) -> Any:
@@ -31,7 +44,7 @@ def checked(op: Op, args: tuple[Any, ...], spec: str, alive: tuple[bool, ...]) -
             continue
         error, base = _error(got, true), _error(unfused, true)
         difference = (got.double() - unfused.double()).abs().max().item()
-        rows.append(
+        _tell.get()(
             {"site": site, "operator": op.name, "kernel": kernel, "result": i, "error": error, "unfused_error": base,
              "max_difference": difference}
         )  # fmt: skip

@@ -19,6 +19,7 @@ from tpfuse import shim
 from tpfuse.config import PASSES, Config
 from tpfuse.formats import Scheme
 from tpfuse.fusion import Policy, Worth, fuse
+from tpfuse.ir import check
 from tpfuse.ir.collective import world_size
 from tpfuse.ir.op import Args, Op, find, load, registry
 from tpfuse.ir.verify import verify
@@ -125,15 +126,17 @@ class Dispatcher:
         limits = next((r for r in self.ranges if tokens in r), None)
         if limits is None:
             raise FusionError(f"{tokens} tokens, but Config(max_tokens={self.config.max_tokens})")
-        if not any(self.compiled.values()) and self.config.compile_all:
+        if self.config.compile_all and not any(self.compiled.values()):
             for other in self.ranges:
                 if other != limits:
                     self.warm(other.end if other.end < UNBOUNDED else max(2 * other.start, 4096))
-        values = self.bindings.values(args)
+        values: dict[Any, int] = {}  # read off the arguments where anybody asks
         for candidate in self.compiled[limits]:
-            if not candidate.guards or candidate.holds(values):
+            if candidate.guards:
+                values = values or self.bindings.values(args)
+            if candidate.holds(values):
                 return candidate.call(args)
-        return self._compile(limits, values).call(args)
+        return self._compile(limits, values or self.bindings.values(args)).call(args)
 
     def warm(self, tokens: int) -> None:
         """Compile the range of a token count, other sizes as the graph was traced with.  A no-op where it is compiled."""
@@ -173,9 +176,18 @@ class Dispatcher:
         for event in result.events:
             log.debug("graph %d, tokens %s: %s", self.number, limits, event)
         shim.trace_artifact(f"tpfuse_graph_{self.number}_tokens_{limits}", lambda: "\n".join(map(str, result.events)))
-        compiled = Compiled(call, guards)
+        compiled = Compiled(self._checked(call) if self.config.verify else call, guards)
         self.compiled[limits].append(compiled)
         return compiled
+
+    def _checked(self, call: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+        """A call that reports the errors of the sites that it checks."""
+
+        def run(args: list[Any]) -> Any:
+            with check.told_to(self.report.check):
+                return call(args)
+
+        return run
 
     def _groups(self) -> dict[str, tuple[int, ...]]:
         """The ranks of each group that the raised graph has collectives of, by the group's name."""
