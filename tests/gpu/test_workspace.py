@@ -22,7 +22,7 @@ SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
 def use(rank: int, world: int) -> list[float]:
-    """Prepare, call, enlarge, call, release, restore, replay a graph captured before; two groups, two channels."""
+    """Prepare, call, enlarge, call, release, restore, replay a graph captured before, enlarge, replay; two groups, two channels."""
     from tpfuse.kernels import allreduce_norm, two_shot, workspace
 
     torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -66,6 +66,13 @@ def use(rank: int, world: int) -> list[float]:
     out.zero_()
     graph.replay()
     seen.append(out[0, 0].item() / 2)
+    workspace.prepare(whole, 128, 4096)  # the graph keeps what it was captured with
+    wider = torch.full((128, 4096), float(rank + 1), dtype=torch.bfloat16, device="cuda")
+    for turn in range(3):
+        static.div_(2)
+        graph.replay()
+        seen.append(out[0, 0].item() * 2**turn)
+        seen.append(call(whole, allreduce_norm, wider)[127, 4000].item())
     with pytest.raises(RuntimeError, match="no workspace"):
         allreduce_norm.all_reduce_rms_norm(x, None, None, 1e-6, 0.0, "cast_first", "nobody", alive=(True, True))
     torch.cuda.synchronize()
@@ -76,7 +83,7 @@ def use(rank: int, world: int) -> list[float]:
 def test_life_of_a_workspace() -> None:
     total = WORLD * (WORLD + 1) / 2
     for seen in run_spawned(use, WORLD, environment=SHARED, timeout=110):
-        assert seen == [total] * 9
+        assert seen == [total] * 15
 
 
 CASES = {

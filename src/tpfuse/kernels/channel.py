@@ -51,6 +51,11 @@ class Link:
         state[CLAIM_WORD.value] = 0
         return torch.zeros(world, dtype=torch.int64, device=device), state.to(device), record
 
+    def disconnect(self) -> None:
+        """Before the buffers are given back: what is captured and replayed without them faults instead of writing to memory
+        that is somebody else's by then."""
+        self.table.zero_()
+
     def lost_peer(self) -> LostPeer | None:
         return read_record(self.record.tolist())
 

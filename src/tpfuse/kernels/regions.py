@@ -121,24 +121,30 @@ def prepare(
 
 def release(group: Any) -> bool:
     """Give a group's regions back, once all ranks are here; false where it has none.  Graphs that were captured with them must
-    not be replayed again."""
+    not be replayed again: they fault."""
     process_group = shim.group_of(group)
     every = _of_group(process_group.group_name)
     for made in every:
         torch.cuda.synchronize()
+        for region in made:
+            region.disconnect()
+        torch.cuda.synchronize()
         agree(process_group, "release region", made[-1].request["timeout"])
-        del made[:-1]
-        made[0].buffers.clear()
-        made[0].mappings.clear()
+        for region in made:
+            region.buffers.clear()
+            region.mappings.clear()
     return bool(every)
 
 
 def restore(group: Any) -> bool:
-    """Allocate and exchange a group's released regions again; false where it has none."""
+    """Allocate and exchange a group's released regions again; false where it has none.  With tables of their own: those of before
+    stay empty for the graphs that still hold them."""
     process_group = shim.group_of(group)
     every = _of_group(process_group.group_name)
     for made in every:
-        if not made[-1].buffers:
+        last = made[-1]
+        if not last.buffers:
+            made.append(Region.create(last.rank, last.world, last.layout, last.sms, last.request))
             _restore(process_group, made[-1])
     return bool(every)
 

@@ -29,20 +29,21 @@ from .channel import Channel
 from .plan import ChannelLayout
 from .signal import LostPeer
 
-_workspaces: dict[str, Workspace] = {}
+_workspaces: dict[str, list[Workspace]] = {}  # by group, the last one in use; captured graphs keep the others
 _generation: dict[str, int] = {}
 _chosen: ContextVar[int | None] = ContextVar("channel", default=None)
 
 
 @dataclass
 class Workspace:
-    """One group's channels on this rank.  `buffers` is empty while released."""
+    """One group's channels on this rank.  `buffers` is empty while released.  captured: graphs were captured with them."""
 
     group: str
     request: dict[str, Any]  # what the ranks agreed on
     channels: list[Channel]
     buffers: list[tuple[Tensor, Any]] = field(default_factory=list)  # with what keeps the peers' mapped
     streams: dict[int, int] = field(default_factory=dict)
+    captured: bool = False
 
     def channel(self) -> Channel:
         """The channel of the current stream."""
@@ -57,6 +58,7 @@ class Workspace:
                 f"group {self.group!r} has {len(self.channels)} channels and a stream more than that calls it: prepare "
                 f"it with more channels, or name one with on_channel"
             )
+        self.captured = self.captured or torch.cuda.is_current_stream_capturing()
         return self.channels[index]
 
 
@@ -85,12 +87,17 @@ def prepare(
     if shim.is_capturing():
         raise FusionError("a workspace cannot be prepared inside graph capture: prepare the group before")
     agree(process_group, request, timeout)
-    known = _workspaces.get(name)
-    if known is not None:
+    every = _workspaces.setdefault(name, [])
+    if every:
+        known = every[-1]
         merged = {key: max(value, known.request[key]) for key, value in request.items()}
-        if merged == known.request and known.buffers:
+        if merged == known.request:
+            restore(group)
             return known
-        release(group)
+        torch.cuda.synchronize()
+        agree(process_group, {"enlarged": merged, "captured": known.captured}, merged["timeout"])
+        if not known.captured:
+            every.pop()
         request = merged
     world, rank = process_group.size(), process_group.rank()
     layout = ChannelLayout.of(world, request["max_tokens"], request["hidden"], request["itemsize"])
@@ -99,41 +106,48 @@ def prepare(
     made = [
         Channel.create(rank, world, layout, device, max(1, sms), request["timeout"]) for _ in range(request["channels"])
     ]
-    _workspaces[name] = Workspace(name, request, made)
+    every.append(Workspace(name, request, made))
     restore(group)
-    return _workspaces[name]
+    return every[-1]
 
 
 def release(group: Any) -> None:
-    """Give the receive buffers back, once all ranks are here.  Captured graphs stay valid for after `restore`."""
+    """Give the receive buffers back, once all ranks are here.  Captured graphs stay valid for after `restore`; one that is
+    replayed before faults."""
     process_group = shim.group_of(group)
-    workspace = _find(process_group.group_name)
+    every = _find(process_group.group_name)
     torch.cuda.synchronize()
-    agree(process_group, "release", workspace.request["timeout"])
-    workspace.buffers.clear()
+    for channel in (channel for workspace in every for channel in workspace.channels):
+        channel.disconnect()
+    torch.cuda.synchronize()
+    agree(process_group, "release", every[-1].request["timeout"])
+    for workspace in every:
+        workspace.buffers.clear()
 
 
 def restore(group: Any) -> None:
     """Allocate and exchange the receive buffers again.  A no-op where they are there."""
     process_group = shim.group_of(group)
-    workspace = _find(process_group.group_name)
-    if workspace.buffers:
-        return
-    for channel in workspace.channels:
-        buffer, addresses, mapping = shim.symmetric_buffer(channel.layout.total, process_group)
-        channel.connect(buffer, addresses)
-        workspace.buffers.append((buffer, mapping))
-    torch.cuda.synchronize()
-    agree(process_group, "restored", workspace.request["timeout"])
+    for workspace in _find(process_group.group_name):
+        if workspace.buffers:
+            continue
+        made = []
+        for channel in workspace.channels:
+            buffer, addresses, mapping = shim.symmetric_buffer(channel.layout.total, process_group)
+            channel.connect(buffer, addresses)
+            made.append((buffer, mapping))
+        torch.cuda.synchronize()
+        agree(process_group, "restored", workspace.request["timeout"])
+        workspace.buffers.extend(made)
 
 
 def is_prepared(group: Any) -> bool:
-    return shim.group_of(group).group_name in _workspaces
+    return bool(_workspaces.get(shim.group_of(group).group_name))
 
 
 def channel_of(group: str) -> Channel:
     """The current stream's channel of the group of that name; FusionError where it is not prepared."""
-    return _find(group).channel()
+    return _find(group)[-1].channel()
 
 
 @contextmanager
@@ -148,12 +162,13 @@ def on_channel(index: int) -> Iterator[None]:
 
 def lost_peers() -> list[LostPeer]:
     """What kernels of this process that gave up have left behind."""
-    found = (channel.lost_peer() for workspace in _workspaces.values() for channel in workspace.channels)
+    every = [workspace for made in list(_workspaces.values()) for workspace in list(made)]
+    found = (channel.lost_peer() for workspace in every for channel in workspace.channels)
     return [lost for lost in found if lost is not None]
 
 
-def _find(group: str) -> Workspace:
-    if group not in _workspaces:
+def _find(group: str) -> list[Workspace]:
+    if not _workspaces.get(group):
         raise FusionError(f"group {group!r} has no workspace: call tpfuse.prepare on every rank first")
     return _workspaces[group]
 

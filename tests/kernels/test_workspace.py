@@ -1,0 +1,148 @@
+"""The life of workspaces and regions on one rank, without a GPU: who keeps memory, and what graphs that were captured reach."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tpfuse import shim
+from tpfuse.kernels import regions, workspace
+from tpfuse.kernels.channel import Channel, Link
+from tpfuse.kernels.regions import SCATTER
+from tpfuse.report import FusionError
+
+
+class Machine:
+    """Rank 0 of two.  capturing: whether a graph is.  room: symmetric buffers that there is memory for.  agreed: with the other
+    rank, which says the same."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing, self.room, self.agreed, self.made = False, 100, [], []
+        group = SimpleNamespace(group_name="tp", size=lambda: 2, rank=lambda: 0)
+        create, memory, cpu = Channel.create, Link.memory, torch.device("cpu")
+        patches: dict[Any, dict[str, Any]] = {
+            shim: {
+                "group_of": lambda name: group, "is_capturing": lambda: self.capturing, "symmetric_buffer": self._buffer,
+                "peer_views": lambda buffer, addresses, handle: [buffer, torch.empty_like(buffer)],
+            },
+            torch.cuda: {
+                "synchronize": lambda: None, "current_device": lambda: 0, "Stream": lambda *args, **kwargs: None,
+                "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
+                "current_stream": lambda: SimpleNamespace(cuda_stream=0), "is_current_stream_capturing": lambda: self.capturing,
+            },
+            workspace: {"agree": self._agree, "_workspaces": {}},
+            regions: {"agree": self._agree, "_regions": {}},
+            Channel: {"create": lambda rank, world, layout, device, *more: create(rank, world, layout, cpu, *more)},
+            Link: {"memory": lambda world, device, timeout: memory(world, cpu, timeout)},
+        }  # fmt: skip
+        for where, values in patches.items():
+            for name, value in values.items():
+                monkeypatch.setattr(where, name, value)
+
+    def _agree(self, group: Any, what: Any, timeout: float) -> None:
+        self.agreed.append(what)
+
+    def _buffer(self, size: int, group: Any) -> tuple[torch.Tensor, list[int], None]:
+        if len(self.made) == self.room:
+            raise torch.OutOfMemoryError
+        buffer = torch.empty(size, dtype=torch.int8)
+        self.made.append(StorageWeakRef(buffer.untyped_storage()))
+        return buffer, [buffer.data_ptr(), 4096], None
+
+    def living(self) -> list[bool]:
+        """Of the buffers in the order that they were made in."""
+        return [not made.expired() for made in self.made]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_a_captured_graph_survives_that_its_workspace_is_enlarged(machine: Machine) -> None:
+    workspace.prepare("tp", 4, 64, channels=1)
+    machine.capturing = True
+    captured = workspace.channel_of("tp")
+    machine.capturing = False
+    reached, state = captured.table.tolist(), StorageWeakRef(captured.state.untyped_storage())
+    table = StorageWeakRef(captured.table.untyped_storage())
+    del captured  # a graph knows addresses alone
+    larger = workspace.prepare("tp", 8, 64, channels=1)
+    assert machine.living() == [True, True] and not table.expired() and not state.expired()
+    assert workspace.channel_of("tp") is larger.channels[0] and larger.channels[0].table.tolist() != reached
+    workspace.release("tp")
+    assert machine.living() == [False, False] and not table.expired()
+    workspace.restore("tp")
+    old, new = workspace._workspaces["tp"]
+    assert len(machine.made) == 4 and new is larger
+    assert all(one.channels[0].table[0] == one.buffers[0][0].data_ptr() for one in (old, new))
+
+
+def test_what_no_graph_holds_is_given_back(machine: Machine) -> None:
+    workspace.prepare("tp", 4, 64, channels=1)
+    workspace.channel_of("tp")
+    workspace.prepare("tp", 8, 64, channels=1)
+    assert machine.living() == [False, True]
+
+
+def test_ranks_agree_on_what_is_kept(machine: Machine) -> None:
+    workspace.prepare("tp", 4, 64)
+    workspace.prepare("tp", 8, 64)
+    assert [said["captured"] for said in machine.agreed if "captured" in said] == [False]
+
+
+def test_prepared_again_after_a_release_is_restored(machine: Machine) -> None:
+    made = workspace.prepare("tp", 4, 64)
+    workspace.release("tp")
+    with pytest.raises(FusionError, match="released"):
+        workspace.channel_of("tp")
+    assert workspace.prepare("tp", 4, 64) is made
+    assert [channel.table[0] for channel in made.channels] == [buffer.data_ptr() for buffer, _ in made.buffers]
+
+
+def test_a_released_workspace_is_reached_by_no_graph(machine: Machine) -> None:
+    made = workspace.prepare("tp", 4, 64, channels=2)
+    assert all(channel.table.all() for channel in made.channels)
+    workspace.release("tp")
+    assert not any(channel.table.any() for channel in made.channels)
+
+
+def test_a_workspace_is_there_wholly_or_not_at_all(machine: Machine) -> None:
+    machine.room = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        workspace.prepare("tp", 4, 64, channels=3)
+    with pytest.raises(FusionError, match="released"):
+        workspace.channel_of("tp")
+    assert machine.living() == [False, False]
+    machine.room = 100
+    workspace.restore("tp")
+    assert len(workspace._workspaces["tp"][0].buffers) == 3 and workspace.channel_of("tp").table.all()
+
+
+def test_lost_peers_are_looked_for_while_groups_are_added(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = workspace.prepare("tp", 4, 64)
+
+    def lost_peer(self: Any) -> None:
+        workspace._workspaces[str(len(workspace._workspaces))] = [made]
+        regions._regions[str(len(regions._regions)), SCATTER] = []
+
+    monkeypatch.setattr(Channel, "lost_peer", lost_peer)
+    assert workspace.lost_peers() == [] and regions.lost_peers() == []
+
+
+def test_a_released_region_is_reached_by_no_graph_ever(machine: Machine) -> None:
+    first = regions.prepare(SCATTER, "tp", 4, 64)
+    second = regions.prepare(SCATTER, "tp", 8, 64)
+    assert first.table.all() and second.table.all() and regions.region_of(SCATTER, "tp") is second
+    regions.release("tp")
+    with pytest.raises(FusionError, match="no scatter region"):
+        regions.region_of(SCATTER, "tp")
+    regions.restore("tp")
+    third = regions.region_of(SCATTER, "tp")
+    assert third.table.all() and third.layout == second.layout
+    assert not first.table.any() and not second.table.any()
+    assert machine.living() == [False, False, True]
