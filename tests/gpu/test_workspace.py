@@ -22,7 +22,7 @@ SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
 def use(rank: int, world: int) -> list[float]:
-    """Prepare, call, enlarge, call, release, restore, replay a graph captured before, enlarge, replay; two groups, two channels."""
+    """Prepare, call, enlarge, call, release, restore, replay an older graph, enlarge, replay; two groups, two channels."""
     from tpfuse.kernels import allreduce_norm, two_shot, workspace
 
     torch.cuda.set_device(rank % torch.cuda.device_count())

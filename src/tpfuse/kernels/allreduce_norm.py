@@ -139,10 +139,11 @@ def one_shot(channel: Channel, call: NormCall) -> Outputs:
         )
     channel.check()
     outputs = call.outputs()
+    operands = call.operands(x, outputs)  # memory is found before the first launch: all launches of a call happen, or none
     for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel
         end = min(tokens, first + chunk)
         arguments: list[Any] = [
-            x, *call.operands(x, outputs), channel.table, channel.state, first, end, tokens,
+            x, *operands, channel.table, channel.state, first, end, tokens,
             hidden * plan.vectors // plan.block, channel.layout.one_shot // 4, channel.layout.one_shot_slot // 4,
             *call.numbers(outputs),
         ]  # fmt: skip

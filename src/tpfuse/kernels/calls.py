@@ -84,7 +84,7 @@ class NormCall:
 
     def given(self) -> tuple[Tensor | None, ...]:
         """residual, bias, weight, weight2, scale as kernels read them."""
-        small = (None if t is None else t.contiguous() for t in (self.bias, self.weight, self.weight2, self.scale))
+        small = (None if t is None else vectors_of(t) for t in (self.bias, self.weight, self.weight2, self.scale))
         return None if self.residual is None else rows_of(self.residual), *small
 
     def operands(self, x: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
@@ -151,5 +151,9 @@ def scale_strides(scales: Tensor) -> tuple[int, int]:
 
 def rows_of(x: Tensor) -> Tensor:
     """[..., hidden] -> [tokens, hidden], contiguous and 16-byte aligned; a copy only where it is not."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.is_contiguous() and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
+    return vectors_of(x.reshape(-1, x.shape[-1]))
+
+
+def vectors_of(x: Tensor) -> Tensor:
+    """Contiguous and 16-byte aligned; a copy only where it is not."""
+    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -65,7 +65,7 @@ class LostPeer:
         return (
             f"{self.operator}: rank {self.rank} waited in vain for rank {self.missing} "
             f"(call {self.sequence} of its channel): the peer has died, has not called the operator, "
-            f"or has called it with other shapes"
+            f"has called it with other shapes, or waits for another rank itself"
         )
 
 

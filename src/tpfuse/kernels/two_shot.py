@@ -170,10 +170,11 @@ def two_shot(channel: Channel, call: NormCall) -> Outputs:
         )
     channel.check()
     outputs = call.outputs()
+    operands = call.operands(x, outputs)  # memory is found before the first launch: all launches of a call happen, or none
     for first in range(0, tokens or 1, chunk):  # an empty call compiles and loads the kernel
         end = min(tokens, first + chunk)
         arguments: list[Any] = [
-            x, *call.operands(x, outputs), channel.table, channel.state, first, end, tokens,
+            x, *operands, channel.table, channel.state, first, end, tokens,
             ceil_div(end - first, channel.world), hidden * plan.vectors // plan.block, layout.two_shot_offset // 4,
             layout.inbox // 4, layout.outbox_offset // 4, layout.two_shot_slot // 4, *call.numbers(outputs),
         ]  # fmt: skip
