@@ -1,5 +1,9 @@
 """The seams on one rank: ranges, warm-up, explain, direct operators."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -174,3 +178,23 @@ def test_verified_sites_are_reported_by_every_way_in():
     rows = tpfuse.last_report().verified
     assert {row["site"] for row in rows} == {"layers.0", "layers.1", "layers.2"} and len(rows) == 6
     assert sum(row["calls"] for row in rows) == 3 * 11  # six sites, of which the last leaves no residual
+
+
+def test_threads_share_what_one_compiles(monkeypatch):
+    from tpfuse import shim
+
+    model, compiling = Stack(), []
+    compiled = tpfuse.compile(model, {"ranges": (32,)}, dynamic=True)
+    compiled(torch.randn(5, 32))
+    inductor, x = shim.compile_fx_inner, torch.randn(64, 32)
+
+    def slowly(*args, **kwargs):
+        compiling.append(threading.current_thread())
+        time.sleep(0.3)
+        return inductor(*args, **kwargs)
+
+    monkeypatch.setattr(shim, "compile_fx_inner", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: torch.no_grad()(compiled)(x), range(2)))
+    assert all(close(result, model(x)) for result in results)
+    assert len(compiling) == 1 and len(compiled.report.results) == 2

@@ -207,7 +207,7 @@ def interpreted() -> Iterator[None]:
     from tpfuse import shim
 
     def interpret(gm: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[[list[Any]], Any]:
-        return shim.boxed(torch.fx.Interpreter(gm).run)
+        return shim.boxed(lambda *args: torch.fx.Interpreter(gm).run(*args))  # of its own: it holds the values of one call
 
     before = shim.compile_fx_inner
     shim.compile_fx_inner = interpret

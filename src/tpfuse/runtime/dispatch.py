@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from tpfuse.target import UNBOUNDED, Range
 log = logging.getLogger("tpfuse")
 _graphs = itertools.count()
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
+_compiling = threading.RLock()  # of threads that need a range at the same time one compiles it, and agrees with the other ranks
 
 
 def warmup(sizes: Sequence[int]) -> None:
@@ -130,20 +132,28 @@ class Dispatcher:
             for other in self.ranges:
                 if other != limits:
                     self.warm(other.end if other.end < UNBOUNDED else max(2 * other.start, 4096))
+        found = self._find(limits, args)
+        if found is None:
+            with _compiling:
+                found = self._find(limits, args) or self._compile(limits, self.bindings.values(args))
+        return found.call(args)
+
+    def _find(self, limits: Range, args: Sequence[Any]) -> Compiled | None:
+        """The artifact of a range that is right for the sizes of a call."""
         values: dict[Any, int] = {}  # read off the arguments where anybody asks
         for candidate in self.compiled[limits]:
             if candidate.guards:
                 values = values or self.bindings.values(args)
             if candidate.holds(values):
-                return candidate.call(args)
-        return self._compile(limits, values or self.bindings.values(args)).call(args)
+                return candidate
+        return None
 
     def warm(self, tokens: int) -> None:
         """Compile the range of a token count, other sizes as the graph was traced with.  A no-op where it is compiled."""
         limits = next((r for r in self.ranges if tokens in r), None)
-        if limits is None or self.compiled[limits]:
-            return
-        self._compile(limits, resized(shim.traced_sizes(self.placeholders), self.tokens, tokens))
+        with _compiling:
+            if limits is not None and not self.compiled[limits]:
+                self._compile(limits, resized(shim.traced_sizes(self.placeholders), self.tokens, tokens))
 
     def warm_as_traced(self) -> None:
         """Compile the range of the sizes that the graph was traced with."""
