@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import tpfuse
 from tests.models import Stack
+from tpfuse.runtime import agreement
 from tpfuse.testing import RankPool, interpreted
 
 HIDDEN = 32
@@ -68,6 +71,26 @@ def test_absent_rank_is_named(ranks: RankPool) -> None:
     assert "rank 0 waited 3 s" in message and "ranks [1]" in message
     assert seconds < 60  # compilation included
     ranks.close()  # they no longer count their agreements alike
+
+
+def groups_made_anew(rank: int, world: int) -> str:
+    """Two ranks agree twice; then only the first of them is left, beside a process that never agreed with anybody."""
+    for _ in range(2):
+        agreement.agree(range(world), ["plan"], 30.0)
+    if rank:
+        return ""
+    dist.destroy_process_group()
+    store = dist.HashStore()
+    dist.init_process_group("fake", rank=0, world_size=2, store=store)
+    agreement.default_store().set("tpfuse/agree/0,1/0/1", json.dumps(["plan"]))
+    agreement.agree((0, 1), ["plan"], 1.0)
+    return "agreed"
+
+
+@two_ranks
+def test_a_group_that_is_made_anew_counts_anew(ranks: RankPool) -> None:
+    assert ranks.run(groups_made_anew)[0] == "agreed"
+    ranks.close()  # the first rank has left its group
 
 
 def subgroups(rank: int, world: int) -> tuple[float, float, dict[str, int]]:

@@ -10,14 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from tpfuse.report import FusionError
 from tpfuse.shim import default_store, resolve_group
 
-_sequence: Counter[tuple[int, ...]] = Counter()
-_followed: Counter[tuple[int, ...]] = Counter()
+# How often ranks agreed on a plan and followed the first of them, by the default group: one that is made anew has another store,
+# in which processes that were in different groups before must count alike.
+_turns: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
 
 
 def group_ranks(group: str) -> tuple[int, ...]:
@@ -30,7 +32,7 @@ def agree(ranks: Sequence[int], plan: Sequence[str], timeout: float) -> None:
 
     plan: lines that describe what must be the same.  timeout: seconds to wait for the others, then the missing are named.
     """
-    store, me, key = _open(ranks)
+    store, me, key = default_store(), dist.get_rank(), _take_turn("agree", ranks)
     store.set(f"{key}/{me}", json.dumps(list(plan)))
     theirs = _collect(store, key, ranks, timeout, "agreement on the plan")
     for rank, lines in theirs.items():
@@ -44,15 +46,13 @@ def agree(ranks: Sequence[int], plan: Sequence[str], timeout: float) -> None:
 
 def fail(ranks: Sequence[int], error: BaseException) -> None:
     """Tell the ranks that wait in `agree` that this one will not come, and why."""
-    store, me, key = _open(ranks)
-    store.set(f"{key}/{me}", json.dumps([f"failed: {type(error).__name__}: {error}"]))
+    key = _take_turn("agree", ranks)
+    default_store().set(f"{key}/{dist.get_rank()}", json.dumps([f"failed: {type(error).__name__}: {error}"]))
 
 
 def follow(ranks: Sequence[int], text: str, timeout: float) -> str:
     """What the first of `ranks` calls with, on all of them.  FusionError where it does not come within `timeout` seconds."""
-    store, me, first = default_store(), dist.get_rank(), min(ranks)
-    key = f"tpfuse/follow/{','.join(map(str, ranks))}/{_followed[tuple(ranks)]}"
-    _followed[tuple(ranks)] += 1
+    store, me, first, key = default_store(), dist.get_rank(), min(ranks), _take_turn("follow", ranks)
     if me == first:
         store.set(key, text)
         return text
@@ -65,7 +65,7 @@ def follow(ranks: Sequence[int], text: str, timeout: float) -> str:
 
 def compile_once(ranks: Sequence[int], text: str, compile: Callable[[], Any], timeout: float) -> Any:
     """Compile on one rank a host where graphs are the same, and load the artifact from the shared cache on the others."""
-    store, me, key = _open(ranks, advance=False)
+    store, key = default_store(), _turn("agree", ranks)
     label = hashlib.sha256(f"{socket.gethostname()}\n{text}".encode()).hexdigest()
     first = store.add(f"{key}/compile/{label}", 1) == 1
     done = f"{key}/compiled/{label}"
@@ -81,12 +81,16 @@ def compile_once(ranks: Sequence[int], text: str, compile: Callable[[], Any], ti
             store.set(done, "")
 
 
-def _open(ranks: Sequence[int], advance: bool = True) -> tuple[dist.Store, int, str]:
-    """The store, this rank, and the key of this group's current agreement."""
-    number = _sequence[tuple(ranks)]
-    if advance:
-        _sequence[tuple(ranks)] += 1
-    return default_store(), dist.get_rank(), f"tpfuse/{','.join(map(str, ranks))}/{number}"
+def _turn(what: str, ranks: Sequence[int]) -> str:
+    """The key of what these ranks do next."""
+    name = f"tpfuse/{what}/{','.join(map(str, ranks))}"
+    return f"{name}/{_turns.setdefault(dist.group.WORLD, Counter())[name]}"
+
+
+def _take_turn(what: str, ranks: Sequence[int]) -> str:
+    key = _turn(what, ranks)
+    _turns[dist.group.WORLD][key.rpartition("/")[0]] += 1
+    return key
 
 
 def _collect(store: dist.Store, key: str, ranks: Sequence[int], timeout: float, what: str) -> dict[int, list[str]]:
