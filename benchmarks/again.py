@@ -46,6 +46,10 @@ STEPS = {
         "tune --tokens 1,8,32,64,128,256,512,1024,2048 --hidden 4096,5120,8192 --scheme none,fp8_tensor,fp8_group128 "
         "--out {table} --samples {file}", 300, True,
     ),
+    "tune_attention": Step(
+        'tune --tokens "" --head-dims 64x64,128x128,256x256,192x128 --scheme fp8_tensor,fp8_group128,nvfp4 --no-flashinfer '
+        "--out {table} --samples {file}", 120,
+    ),
     "gemm": Step(f"bench gemm --scheme {ROOM},fp8_group128 --table {{table}} --json {{file}} --plot {{plot}}", 300),
     "collectives": Step("bench collectives --table {table} --json {file} --plot {plot}", 400, True),
     "sharded": Step(

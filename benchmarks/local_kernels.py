@@ -192,8 +192,9 @@ def attentions(tiles: bool) -> Iterator[Point]:
         size = tokens * (q_heads * width + k_heads * (width + v_width)) * 2
         plan = AttentionPlan.of(width, v_width)
         others = TILES[width] if tiles else []
+        launch = attention.flash if tiles else attention.attention_quantize
         yield Point(
-            attention_quantize, attention.attention_quantize, in_turn(make, size), (True, True, False),
+            attention_quantize, launch, in_turn(make, size), (True, True, False),
             {name: attended(backend) for name, backend in names.items()},
             {"scheme": scheme, "tokens": tokens, "hidden": q_heads * v_width, "heads": f"{q_heads}/{k_heads}",
              "head_dim": f"{width}/{v_width}"},

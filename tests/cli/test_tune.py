@@ -141,7 +141,7 @@ def test_a_rank_measures_products_and_what_follows_them(monkeypatch):
     monkeypatch.setattr(tune, "Gemms", Built)
     points = tune.products_of(["", "fp8_token"], [4096], [14336], [128, 1024], 2, "bfloat16")
     place: Any = SimpleNamespace(rank=1, world=2)
-    out = tune.work(place, lambda *_: None, tune.Job((), (), tuple(points), 15, 100.0))
+    out = tune.work(place, lambda *_: None, tune.Job((), (), tuple(points), (), 15, 100.0))
     assert composed == [(1024, "cuda:chunked"), (128, "cuda:plain")] * 2
     table = tune.merged(None, MACHINE, VERSIONS, out["rows"])
     assert len(table.entries) == 6
@@ -149,6 +149,38 @@ def test_a_rank_measures_products_and_what_follows_them(monkeypatch):
     assert choices["matmul_reduce_scatter", ""] == ["nccl", "cuda:chunked"]
     assert choices["matmul_reduce_scatter_add_rms_norm", ""] == ["unfused", "cuda:chunked"]
     assert choices["all_gather_scaled_matmul", "fp8_token"] == ["nccl", "cuda:chunked"]
+
+
+def test_attention_is_measured_where_heads_are_given(cli, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    jobs = []
+
+    def measured(work: Any, world: int, job: tune.Job, **_: Any) -> list[dict[str, Any]]:
+        jobs.append(job)
+        found = []
+        for p in job.attentions:
+            kernels = p.kernels(H100, "meta")
+            assert list(kernels) == ["triton:flash", "triton:sdpa"]
+            times = {name: [1.0 if (p.tokens > 2048) == (name == "triton:sdpa") else 2.0] for name in kernels}
+            found += p.rows({"triton:flash" + AGAIN: times["triton:flash"], **times}, world, None)
+        return [{"rows": found, "machine": MACHINE, "versions": VERSIONS, "notes": []}] * world
+
+    monkeypatch.setattr("tpfuse.cli.bench.launch", measured)
+    options = ("--tokens", "", "--scheme", "none,fp8_token,fp8_tensor,fp8_group128", "--out", tmp_path / "table.json")
+    status, _, errors = cli("tune", *options, "--head-dims", "64x64,192x128")
+    assert status == 0, errors
+    (job,) = jobs
+    # No scale of a token, and no group of 128 in a head of 64: they span heads.
+    widths = {(p.scheme, p.across, p.hidden) for p in job.attentions}
+    assert widths == {("fp8_tensor", 64, 64), ("fp8_tensor", 192, 128), ("fp8_group128", 192, 128)}
+    ends = {(e.scheme, e.across, e.hidden): e.steps for e in Table.load(tmp_path / "table.json").entries}
+    assert ends["fp8_tensor", 64, 64] == ((2896 * 128, "triton:flash"), (None, "triton:sdpa")) and len(ends) == 3
+
+    for given, told in (("64", "--head-dims '64': expected QKxV"), ("128x0", "expected QKxV")):
+        status, _, errors = cli("tune", *options, "--head-dims", given)
+        assert status == 1 and told in errors
+    status, _, errors = cli("tune", "--tokens", "", "--scheme", "none", "--head-dims", "64x64")
+    assert status == 1 and "nothing to measure" in errors
 
 
 def test_products_of_a_size_that_was_cut_off_make_no_entry():

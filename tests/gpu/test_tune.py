@@ -45,3 +45,15 @@ def test_products_forms_and_sums_in_one_table(tmp_path: Path) -> None:
         assert len(entry.times) == 2 and all(us > 0 for _, of in entry.times for _, us in of)
         if entry.across is not None:
             assert {"cuda:chunked", ALONE} <= dict(entry.times[0][1]).keys()
+
+
+def test_attention_of_given_heads(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    given = ["tune", "--tp", str(WORLD), "--tokens", "", "--scheme", "fp8_tensor,nvfp4", "--head-dims", "64x64,192x128"]
+    command = [sys.executable, "-m", "tpfuse.cli", *given, "--trials", "3", "--no-flashinfer", "--out", str(file)]
+    subprocess.run(command, check=True, timeout=380)
+    table = Table.load(file)
+    sizes = {(e.op, e.scheme, e.world, e.across, e.hidden) for e in table.entries}
+    assert sizes == {("attention_quantize", s, 1, qk, v) for s in ("fp8_tensor", "nvfp4") for qk, v in ((64, 64), (192, 128))}
+    for entry in table.entries:
+        assert len(entry.times) == 6 and all({"triton:flash", "triton:sdpa"} <= dict(of).keys() for _, of in entry.times)

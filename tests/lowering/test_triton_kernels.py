@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from tpfuse.ir.attention import attention_quantize
 from tpfuse.ir.op import load
 from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.lowering.select import Pick, pick
+from tpfuse.lowering.table import Entry, Table
 from tpfuse.report import Decline
 from tpfuse.shim import FakeTensorMode, ShapeEnv
-from tpfuse.target import Target
+from tpfuse.target import UNBOUNDED, Range, Target
 
 H100 = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton"}))
 
@@ -46,7 +48,7 @@ def test_algorithm_is_left_to_the_launch() -> None:
 def test_declines_are_named(args: dict[str, Any], target: Target, code: str) -> None:
     found = pick(fused.all_reduce_add_rms_norm_quantize, args, target, "auto")
     assert isinstance(found, Decline) and found.code == "no_kernel"
-    assert f"triton:one_shot: {code}" in found.detail and f"triton:two_shot: {code}" in found.detail
+    assert f"triton:one_shot, triton:two_shot, triton: {code}" in found.detail  # a reason that several have is told once
 
 
 def test_one_gpu_kernels() -> None:
@@ -123,6 +125,27 @@ def test_attention(args: dict[str, Any]) -> None:
     assert isinstance(found, Pick) and found.name == "triton"
 
 
+def test_a_table_says_from_how_many_keys_on_torchs_attention_is_faster() -> None:
+    """Whatever the range of tokens: a prompt that is prefilled in parts has more keys than tokens."""
+    steps = ((2048 * 128 * 2, "triton:flash"), (None, "triton:sdpa"))
+    entries = (
+        Entry("attention_quantize", "bfloat16", 1, steps, "fp8_group128", 128, 128),
+        Entry("attention_quantize", "bfloat16", 1, ((None, "triton:sdpa"),), "fp8_group128", 128, 192),
+    )
+    table, alone = Table("", {}, entries), replace(H100, world=1)
+    for limits in (Range(1, 256), Range(257, UNBOUNDED)):
+        found = pick(attention_quantize, attending(keys=4096), alone, "auto", table, limits)
+        assert isinstance(found, Pick) and found.name == "triton:flash<=524288,triton:sdpa"
+    launched = []
+    for limit, kernel in attention_quantize.find_kernels(found.name):
+        launched.append((limit, lambda *args, name=kernel.name, alive: name))
+    for keys, want in ((2048, "triton:flash"), (2049, "triton:sdpa")):
+        args = attending(tokens=130, keys=keys).values()
+        assert attention_quantize._by_size(launched, *args, alive=(True,) * 3) == want
+    latent = pick(attention_quantize, attending(width=192), alone, "auto", table, Range(1, 256))
+    assert isinstance(latent, Pick) and latent.name == "triton:sdpa"
+
+
 @pytest.mark.parametrize(
     "args, code",
     [
@@ -140,7 +163,7 @@ def test_attention(args: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_attention_that_is_declined(args: dict[str, Any], code: str) -> None:
     found = pick(attention_quantize, args, H100, "auto")
-    assert isinstance(found, Decline) and f"triton: {code}" in found.detail
+    assert isinstance(found, Decline) and f"triton:flash, triton:sdpa, triton: {code}" in found.detail
 
 
 def test_token_counts_that_are_symbols() -> None:

@@ -268,12 +268,6 @@ def test_what_cannot_be_measured(operators: list[str], tokens: list[int], sizes:
         bench_gemm.grid(operators, [""], sizes, tokens, 2, "bfloat16")
 
 
-def test_sizes_of_the_command_line():
-    assert bench_gemm.sizes("4096x14336,8192x28672") == [(4096, 14336), (8192, 28672)]
-    with pytest.raises(BadInput, match="HIDDENxINTERMEDIATE"):
-        bench_gemm.sizes("4096")
-
-
 def test_ranks_need_gpus(monkeypatch):
     from rich.console import Console
 

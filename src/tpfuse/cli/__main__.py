@@ -197,9 +197,9 @@ def gemm(
     from tpfuse.lowering.table import BUILT_IN
 
     command.bench(
-        _console(), world, operator.split(","), inputs.numbers("--tokens", tokens, command.TOKENS), command.sizes(size),
-        inputs.schemes(scheme, command.SCHEMES), dtype.value, trials, inputs.read_table(table) if table else BUILT_IN,
-        limit_s, json, plot, commit,
+        _console(), world, operator.split(","), inputs.numbers("--tokens", tokens, command.TOKENS),
+        inputs.pairs("--size", size, "HIDDENxINTERMEDIATE, such as 4096x14336"), inputs.schemes(scheme, command.SCHEMES),
+        dtype.value, trials, inputs.read_table(table) if table else BUILT_IN, limit_s, json, plot, commit,
     )  # fmt: skip
 
 
@@ -220,6 +220,9 @@ def tune(
         str | None, typer.Option(metavar="N,N,…", help="Of the layers, one a width: also products next to collectives.")
     ] = None,
     product_tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help="Token counts of the products.")] = None,
+    head_dims: Annotated[
+        str | None, typer.Option(metavar="QKxV,…", help="Widths of heads: also attention whose rows are quantised by --scheme.")
+    ] = None,
     flashinfer: Annotated[
         bool, typer.Option("--flashinfer/--no-flashinfer", help="Measure it where it is installed; building it takes minutes.")
     ] = True,
@@ -236,7 +239,8 @@ def tune(
         _console(), world, inputs.numbers("--tokens", tokens, command.TOKENS, or_none=True),
         inputs.numbers("--hidden", hidden, command.HIDDEN), inputs.schemes(scheme, command.SCHEMES), dtype.value,
         (True,) if residual else (True, False), sequence_parallel, inputs.numbers("--intermediate", intermediate, ()),
-        inputs.numbers("--product-tokens", product_tokens, command.PRODUCT_TOKENS), flashinfer, trials, limit_s, out, samples,
+        inputs.numbers("--product-tokens", product_tokens, command.PRODUCT_TOKENS),
+        inputs.pairs("--head-dims", head_dims, "QKxV, such as 128x128"), flashinfer, trials, limit_s, out, samples,
     )  # fmt: skip
 
 

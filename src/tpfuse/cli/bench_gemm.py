@@ -77,17 +77,6 @@ def grid(
     return gemm.grid(operators, schemes, sizes, tokens, world, dtype)
 
 
-def sizes(text: str) -> list[tuple[int, int]]:
-    """"4096x14336,8192x28672" → pairs of hidden and intermediate.  BadInput where it is no such list."""
-    found = []
-    for word in text.split(","):
-        parts = word.split("x")
-        if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
-            raise BadInput(f"{word!r}: expected HIDDENxINTERMEDIATE, such as 4096x14336")
-        found.append((int(parts[0]), int(parts[1])))
-    return found
-
-
 def room(points: Sequence[GemmPoint]) -> tuple[int, int]:
     """The largest token count, and the most columns of bf16 that meet in a collective."""
     return max(p.tokens for p in points), max(p.hidden for p in points)

@@ -51,6 +51,18 @@ def numbers(option: str, text: str | None, default: Sequence[int], or_none: bool
     return [int(word) for word in words]
 
 
+def pairs(option: str, text: str | None, expected: str) -> list[tuple[int, int]]:
+    """"4096x14336,8192x28672" → [(4096, 14336), (8192, 28672)]; None → [].  BadInput, naming the option and what was `expected`,
+    where it is no such list."""
+    found = []
+    for word in text.split(",") if text is not None else ():
+        parts = word.split("x")
+        if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+            raise BadInput(f"{option} {word!r}: expected {expected}")
+        found.append((int(parts[0]), int(parts[1])))
+    return found
+
+
 def schemes(text: str | None, default: Sequence[str]) -> list[str]:
     """"none,nvfp4" → ["", "nvfp4"].  BadInput naming the closest known scheme."""
     return ["" if name == "none" else name for name in names("scheme", text, default, ("none", *SCHEME_NAMES))]

@@ -17,7 +17,8 @@ from tpfuse.cli.inputs import BadInput, read_table, writable
 from tpfuse.cli.launch import Place, Progress
 from tpfuse.config import table_path
 from tpfuse.lowering.table import UNFUSED, Entry, Table
-from tpfuse.measure import gemm, results
+from tpfuse.measure import attention, gemm, results
+from tpfuse.measure.attention import AttentionPoint
 from tpfuse.measure.entries import entries, key_of
 from tpfuse.measure.gemm import GemmPoint, Gemms, by_message
 from tpfuse.measure.points import AGAIN, Point, Sweep, grid
@@ -26,6 +27,7 @@ from tpfuse.measure.sharded import ShardedPoint, kernels
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 PRODUCT_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
+PROMPTS = (512, 1024, 2048, 4096, 8192, 16384)  # of attention
 HIDDEN = (4096, 5120, 8192)
 SCHEMES = ("none", "fp8_tensor", "fp8_group128")
 
@@ -33,11 +35,12 @@ SCHEMES = ("none", "fp8_tensor", "fp8_group128")
 @dataclass(frozen=True)
 class Job:
     """points: in order, the token counts of an operator, scheme and width together.  sharded: of the form around a sharded
-    residual.  products: next to a collective.  limit_s: when to begin no further one of any."""
+    residual.  products: next to a collective.  attentions: with a quantise.  limit_s: when to begin no further one of any."""
 
     points: tuple[Point, ...]
     sharded: tuple[ShardedPoint, ...]
     products: tuple[GemmPoint, ...]
+    attentions: tuple[AttentionPoint, ...]
     trials: int
     limit_s: float | None
     flashinfer: bool = False
@@ -46,7 +49,8 @@ class Job:
 def run(
     console: Console, world: int, tokens: Sequence[int], hidden: Sequence[int], schemes: Sequence[str], dtype: str,
     residuals: Sequence[bool], sequence_parallel: bool, intermediate: Sequence[int], product_tokens: Sequence[int],
-    flashinfer: bool, trials: int, limit_s: float | None, out: Path | None, samples: Path | None,
+    head_dims: Sequence[tuple[int, int]], flashinfer: bool, trials: int, limit_s: float | None, out: Path | None,
+    samples: Path | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
@@ -57,9 +61,11 @@ def run(
     points = [p for residual in residuals for p in grid(schemes, hidden, sorted(set(tokens)), dtype, residual)]
     sharded = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points if p.residual and p.tokens % world == 0]
     products = products_of(schemes, hidden, intermediate, product_tokens, world, dtype)
-    if not (points or products):
-        raise BadInput("nothing to measure: --tokens is empty, and there is no --intermediate")
-    job = Job(tuple(points), tuple(sharded if sequence_parallel else ()), tuple(products), trials, limit_s, flashinfer)
+    attentions = attention.grid(schemes, head_dims, PROMPTS, dtype)
+    if not (points or products or attentions):
+        raise BadInput("nothing to measure: --tokens is empty, and there is no --intermediate and no --head-dims with a --scheme")
+    around = tuple(sharded if sequence_parallel else ())
+    job = Job(tuple(points), around, tuple(products), tuple(attentions), trials, limit_s, flashinfer)
     found = run_ranks(work, place, world, job)
     if place is not None and place.rank:
         return
@@ -111,7 +117,7 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
     def build(point: Point) -> dict[str, Any]:
         return {**twice(ranks.built.kernels(point)), UNFUSED: ranks.built.unfused(point)}
 
-    def tell(point: Point | GemmPoint, rows: list[dict[str, Any]]) -> None:
+    def tell(point: Point | GemmPoint | AttentionPoint, rows: list[dict[str, Any]]) -> None:
         progress(line(rows), 0, 0)
         if place.rank == 0:
             print(f"{point.op.name} {line(rows)}", flush=True)
@@ -134,15 +140,17 @@ def work(place: Place, progress: Progress, job: Job) -> dict[str, Any]:
 
         each = replace(sweep, build=built.kernels, measure=measure, tell=learn)
         rows += by_message(job.products, complete(each.run(job.products), job.products))
+    alone = replace(sweep, build=lambda point: twice(point.kernels(ranks.target)))
+    rows += complete(alone.run(job.attentions), job.attentions)
     ranks.leave()
     return {"rows": rows, "machine": machine("cuda"), "versions": versions, "notes": ranks.notes}
 
 
-def complete(rows: Sequence[dict[str, Any]], points: Sequence[Point | GemmPoint]) -> list[dict[str, Any]]:
+def complete(rows: Sequence[dict[str, Any]], points: Sequence[Point | GemmPoint | AttentionPoint]) -> list[dict[str, Any]]:
     """Rows of the operators, schemes and widths all of whose token counts were measured: half a grid makes no thresholds."""
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["op"], row["scheme"], row["hidden"], row.get("intermediate")
+        return row["op"], row["scheme"], row["hidden"], row.get("intermediate", row.get("across"))
 
     def sizes(found: Any) -> dict[Any, set[int]]:
         groups: dict[Any, set[int]] = {}

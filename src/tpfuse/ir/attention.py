@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.formats import Scheme
-from tpfuse.ir.op import Args, op
+from tpfuse.ir.op import Args, Message, op
 from tpfuse.ir.quant import quant_sample, quantize
 from tpfuse.ir.samples import rows
 from tpfuse.report import Decline
@@ -120,7 +120,16 @@ def _whole_groups(args: Args) -> Decline | None:
     return None
 
 
-@op(sample=_quantize_sample, rows="mixing", row_args=("q",), fuse="attention_quantize", guard=_whole_groups)
+def _keys(args: Args) -> Message:
+    """What takes an attention's time grows with the keys, of which a cache holds more than a graph has tokens; the heads' widths
+    decide which kernel is faster."""
+    q, v = args["q"], args["v"]
+    return Message(v.shape[2], v.shape[3], q.dtype, across=q.shape[3], bounded=False)
+
+
+@op(
+    sample=_quantize_sample, rows="mixing", row_args=("q",), fuse="attention_quantize", guard=_whole_groups, message=_keys
+)  # fmt: skip
 def attention_quantize(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tensor | None, softmax_scale: float = 1.0,
     causal: bool = False, method: str = "math", scheme: str = "fp8_tensor", layout: str = "row",

@@ -60,6 +60,7 @@ class Message:
 
     rows: of this rank's argument.  shared: each rank has a part of them, so there are as many times more as ranks.
     across: of a product next to the collective the dimension of the weights that is not `columns`, several weights' together.
+    bounded: the range of tokens that a graph is for bounds them.
     """
 
     rows: Any
@@ -67,6 +68,7 @@ class Message:
     dtype: torch.dtype
     shared: bool = False
     across: int | None = None
+    bounded: bool = True
 
     @property
     def row_bytes(self) -> Any:

@@ -5,7 +5,8 @@
 A block takes one head of `BLOCK_M` queries and walks over the keys; what it finishes is some columns of as many rows, so a
 scale may be of a tensor or of a group within a head, never of a whole row.
 
-To more than `MOST_KEYS` keys torch's own attention is faster by more than a launch costs: there one kernel quantises its rows.
+To many keys torch's own attention is faster by more than a launch costs: there one kernel quantises its rows.  A table says
+from how many on; where nothing was measured it is `MOST_KEYS`.
 """
 
 from __future__ import annotations
@@ -155,16 +156,29 @@ class AttentionPlan:
         return AttentionPlan(block_m, block_n, width & -width, v_block, warps, stages)
 
 
-def attention_quantize(
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+def attention_quantize(q, k, *rest, alive) -> Results:
+    """By the number of keys, where no table says which is faster."""
+    return (sdpa if k.shape[2] > MOST_KEYS else flash)(q, k, *rest, alive=alive)
+
+
+def sdpa(q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout, *, alive) -> Results:
+    """torch's attention, then one kernel that quantises its rows."""
+    batch, heads, tokens, _ = q.shape
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=heads != k.shape[1])
+    q_out, scales = quantised_heads(y, scale, scheme, layout)
+    return q_out, scales, y.transpose(1, 2).reshape(batch, tokens, heads * v.shape[-1]) if alive[2] else q.new_empty(0)
+
+
+def flash(
     q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout, *, alive, plan: AttentionPlan | None = None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Results:  # fmt: skip
+    """One launch."""
     batch, heads, tokens, width = q.shape
     v_width = v.shape[-1]
     hidden = heads * v_width
-    if plan is None and k.shape[2] > MOST_KEYS:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=heads != k.shape[1])
-        q_out, scales = quantised_heads(y, scale, scheme, layout)
-        return q_out, scales, y.transpose(1, 2).reshape(batch, tokens, hidden) if alive[2] else q.new_empty(0)
     out = q.new_empty((batch, tokens, hidden) if alive[2] else 0)
     q_out, scales = quantize_fake(q.new_empty((), dtype=q.dtype).expand(batch, tokens, hidden), scheme, layout)
     if batch * tokens:

@@ -110,7 +110,8 @@ def pick(
     entry = measured(op, args, target, table)
     why = "no measurement" if preference == "auto" else f"kernels={preference}"
     if entry is not None:
-        low, high = limits.bytes(int(op.message(args).row_bytes))
+        message = op.message(args)
+        low, high = (limits if message.bounded else EVERY).bytes(int(message.row_bytes))
         choice = choose(entry, low, high, lambda kernel: kernel in usable and reasons[kernel] is None)
         if choice.steps:
             return Pick(tuple((end, usable[kernel]) for end, kernel in choice.steps), choice.why)
@@ -121,7 +122,11 @@ def pick(
         last = kernel.on_request or (kernel.backend == "reference" and target.device == "cuda")
         if reasons[name] is None and not (last and preference == "auto"):
             return Pick(((None, kernel),), why)
-    named = "; ".join(f"{name}: {reason}" for name, reason in reversed(reasons.items()) if reason)
+    alike: dict[Decline, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason is not None:
+            alike.setdefault(reason, []).append(name)
+    named = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reversed(alike.items()))
     return Decline("no_kernel", named or f"no kernel of {preference!r} for {target.device}")
 
 

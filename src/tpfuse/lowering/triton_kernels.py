@@ -1,7 +1,8 @@
 """Registers the Triton kernels on their operators, and says why one cannot serve.  Imports no kernel.
 
 A collective has three: `triton:one_shot`, `triton:two_shot`, and `triton`, which chooses between them at each launch by
-the message's size and is what lowering picks unless told otherwise.
+the message's size and is what lowering picks where nothing was measured.  So has attention, by the number of keys:
+`triton:flash` is one launch, `triton:sdpa` torch's attention and a kernel that quantises its rows.
 """
 
 from __future__ import annotations
@@ -162,4 +163,6 @@ _local(fused.rms_norm_quantize, norm_supports)
 _local(fused.add_rms_norm_quantize, norm_supports)
 _local(fused.act_and_mul_quantize, act_supports)
 qk_norm_rope.kernel("triton", "tpfuse.kernels.rope:qk_norm_rope", rope_supports)
-attention_quantize.kernel("triton", "tpfuse.kernels.attention:attention_quantize", attention_supports)
+for _algorithm in ("flash", "sdpa", ""):
+    _launch = f"tpfuse.kernels.attention:{_algorithm or 'attention_quantize'}"
+    attention_quantize.kernel("triton", _launch, attention_supports, _algorithm)
