@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.measure.test_e2e import TINY
 from tpfuse.cli import bench_e2e
 from tpfuse.cli.inputs import BadInput
-from tpfuse.cli.plots import save_served
+from tpfuse.cli.plots import save_e2e
 from tpfuse.measure.e2e import ASYNC, OURS, PLAIN, ROOM, Runner, Variants
 from tpfuse.measure.points import AGAIN
 from tpfuse.measure.serve import TOTAL, TPOT, TTFT, Load, Served, _rows_of
@@ -122,15 +122,20 @@ def test_loads_and_layers_are_read() -> None:
             bench_e2e.layers_of(text)
 
 
-def test_a_plot_of_loads(tmp_path: Path) -> None:
+def test_plots_of_steps_and_loads(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         {"op": "serve", "shape": "8b", "scheme": scheme, "sequences": n, "tokens": 512, "batch": 1, "layers": 8, "impl": impl,
          TTFT: 1e4, TPOT: 2e3, "tokens_per_s": 500.0}
         for scheme in ("", "fp8_tensor") for n in (1, 8) for impl in (PLAIN, OURS)
     ]  # fmt: skip
-    document = {"machine": {"count": 2, "gpu": "H100"}, "world": 2, "date": "2026-11-25", "rows": rows}
-    written = save_served(document, tmp_path / "served.json")
-    assert [path.suffix for path in written] == [".png", ".svg"]
-    drawn = written[1].read_text()
-    assert all(path.stat().st_size > 10_000 for path in written) and "tokens a second" in drawn
+    steps = [
+        {"op": "prefill", "scheme": "", "hidden": hidden, "tokens": n, "impl": impl, "us": us}
+        for hidden in (4096, 8192) for n in (512, 2048) for impl, us in ((PLAIN, 120.0), (ROOM, 100.0), (OURS, 105.0))
+        if (n, impl) != (512, OURS)
+    ]  # fmt: skip
+    document = {"machine": {"count": 2, "gpu": "H100"}, "world": 2, "date": "2026-11-25", "rows": [*steps, *rows]}
+    written = save_e2e(document, tmp_path / "e2e.json")
+    assert [path.name for path in written] == ["e2e-prefill.png", "e2e-prefill.svg", "e2e-serve.png", "e2e-serve.svg"]
+    assert all(path.stat().st_size > 10_000 for path in written)
+    assert "% over no collectives" in written[1].read_text() and "tokens a second" in written[3].read_text()

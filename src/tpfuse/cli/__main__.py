@@ -160,7 +160,7 @@ def e2e(
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="A tuned table.")] = None,
     limit_s: Limit = None,
     json: ResultFile = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a plot of the loads, as PNG and as SVG.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write plots of steps and loads, as PNG and as SVG.")] = None,
     commit: Commit = None,
 ) -> None:
     """Stacks shaped like models under torch.compile: tpfuse, NCCL, torch's async TP, FlashInfer, and no collectives at all."""

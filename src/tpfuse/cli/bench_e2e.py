@@ -80,7 +80,7 @@ def e2e(
         for note in document["notes"]:
             console.print(note, highlight=False)
         if plot:
-            for path in plots.save_served(document, plot):
+            for path in plots.save_e2e(document, plot):
                 console.print(f"wrote {path}", highlight=False)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tpfuse.cli.inputs import require, writable
+from tpfuse.measure.e2e import ROOM
 from tpfuse.measure.points import AGAIN, ALONE
 
 STYLES = {"tpfuse": "-", "nccl": ":", "torch": "--", "flashinfer": "-.", "gemm": ":"}
@@ -35,26 +36,58 @@ def save(document: dict[str, Any], path: Path) -> list[Path]:
     return files
 
 
-def save_served(document: Mapping[str, Any], path: Path) -> list[Path]:
-    """Times to first tokens, of a step, and throughput of each load, a line of panels for each shape and scheme → the files
-    written."""
+def save_e2e(document: Mapping[str, Any], path: Path) -> list[Path]:
+    """Whole layers, a figure for each of decode, prefill and loads that were measured → the files written, of `path` with
+    "-decode" and so on and both suffixes."""
     _headless()
+    path, files = path.with_suffix(""), []
+    for step in dict.fromkeys(row["op"] for row in document["rows"]):
+        rows = [r for r in document["rows"] if r["op"] == step and not r["impl"].endswith(AGAIN)]
+        draw = _served if step == "serve" else _steps
+        files += draw(document, rows, path.with_name(f"{path.name}-{step}"))
+    return files
+
+
+def _steps(document: Mapping[str, Any], rows: Sequence[Row], path: Path) -> list[Path]:
+    """What collectives add to a layer's time, a panel for each scheme and width."""
     import matplotlib.pyplot as plt
 
-    rows = [r for r in document["rows"] if r["op"] == "serve" and not r["impl"].endswith(AGAIN)]
+    sizes, schemes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("hidden", "scheme"))
+    impls = [impl for impl in dict.fromkeys(r["impl"] for r in rows) if impl != ROOM]
+    figure, axes = plt.subplots(len(schemes), len(sizes), figsize=(5.0 * len(sizes), 3.4 * len(schemes)), squeeze=False)
+    for scheme, line in zip(schemes, axes, strict=True):
+        for hidden, axis in zip(sizes, line, strict=True):
+            own = [r for r in rows if (r["scheme"], r["hidden"]) == (scheme, hidden)]
+            times = {(r["impl"], r["tokens"]): r["us"] for r in own}
+            tokens = sorted({n for impl, n in times if impl == ROOM})
+            _bars(axis, impls, tokens, {k: 100 * (us / times[ROOM, k[1]] - 1) for k, us in times.items() if k[1] in tokens})
+            axis.set(title=f"{scheme or 'no quantise'}, hidden {hidden}", xlabel="tokens")
+        line[0].set_ylabel("% over no collectives")
+    return _saved(document, figure, axes, path, rows[0]["op"])
+
+
+def _bars(axis: Any, impls: Sequence[str], groups: Sequence[Any], heights: Mapping[tuple[str, Any], float]) -> None:
+    """heights: by implementation and group; a group's bars stand side by side, none where nothing was measured."""
+    for i, impl in enumerate(impls):
+        there = [(n, heights[impl, group]) for n, group in enumerate(groups) if (impl, group) in heights]
+        places = [n + (i - (len(impls) - 1) / 2) * 0.8 / len(impls) for n, _ in there]
+        axis.bar(places, [height for _, height in there], 0.8 / len(impls), color=f"C{i}", label=impl)
+    axis.set_xticks(range(len(groups)), list(map(str, groups)), fontsize=7)
+
+
+def _served(document: Mapping[str, Any], rows: Sequence[Row], path: Path) -> list[Path]:
+    """Times to first tokens, of a step, and throughput of each load, a line of panels for each shape and scheme."""
+    import matplotlib.pyplot as plt
+
     stacks, impls = list(dict.fromkeys((r["shape"], r["scheme"]) for r in rows)), list(dict.fromkeys(r["impl"] for r in rows))
     figure, axes = plt.subplots(len(stacks), len(METRICS), figsize=(13.0, 3.4 * len(stacks)), squeeze=False)
     for stack, line in zip(stacks, axes, strict=True):
         own = [r for r in rows if (r["shape"], r["scheme"]) == stack]
         loads = list(dict.fromkeys(map(_load, own)))
         for (metric, (label, unit)), axis in zip(METRICS.items(), line, strict=True):
-            for i, impl in enumerate(impls):
-                times = {_load(r): r[metric] / unit for r in own if r["impl"] == impl}
-                places = [n + (i - (len(impls) - 1) / 2) * 0.8 / len(impls) for n, load in enumerate(loads) if load in times]
-                axis.bar(places, list(times.values()), 0.8 / len(impls), color=f"C{i}", label=impl)
-            axis.set_xticks(range(len(loads)), loads, fontsize=7)
+            _bars(axis, impls, loads, {(r["impl"], _load(r)): r[metric] / unit for r in own})
             axis.set(title=f"{stack[0]}, {stack[1] or 'no quantise'}, {own[0]['layers']} layers", ylabel=label)
-    return _saved(document, figure, axes, path.with_suffix(""), "sequences × prompt, prefilled so many at a time")
+    return _saved(document, figure, axes, path, "sequences × prompt, prefilled so many at a time")
 
 
 def _load(row: Row) -> str:
