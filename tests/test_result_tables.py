@@ -152,7 +152,8 @@ def test_every_plot_of_a_file_stands_below_its_table(tmp_path, monkeypatch):
     for name in ("gemm-all_gather_matmul", "gemm-matmul_reduce_scatter", "other"):
         (tmp_path / "results" / f"{name}.svg").touch()
     found = tables.figures("gemm.json", {**document(*rows), "what": "gemm"}, tmp_path / "docs")
-    assert found == [f"![gemm-{op}](../results/gemm-{op}.svg)" for op in ("all_gather_matmul", "matmul_reduce_scatter")]
+    operators = ("all_gather_matmul", "matmul_reduce_scatter")
+    assert found == {op: f"![gemm-{op}](../results/gemm-{op}.svg)" for op in operators}
 
 
 def test_files_that_nothing_may_be_quoted_from_are_left_out(tmp_path):

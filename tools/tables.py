@@ -129,7 +129,7 @@ def _steps(document: Mapping[str, Any]) -> dict[tuple[Any, ...], dict[str, float
     return found
 
 
-def served(name: str, document: Mapping[str, Any], above: Path) -> str:
+def served(name: str, document: Mapping[str, Any]) -> str:
     """Loads: time to first token, time of a step and throughput of each implementation.  "" where none was measured."""
     rows = [row for row in document["rows"] if row["op"] == "serve"]
     if not rows:
@@ -146,17 +146,21 @@ def served(name: str, document: Mapping[str, Any], above: Path) -> str:
         told = f"{row['ttft_us'] / 1e3:.2f} / {row['tpot_us'] / 1e3:.2f}, {row['tokens_per_s']:.0f}"
         loads.setdefault((row["shape"], row["scheme"] or "–", str(row["layers"]), load), {})[row["impl"]] = told
     lines += ["| " + " | ".join([*where, *(told.get(i, "–") for i in impls)]) + " |" for where, told in loads.items()]
-    return "\n\n".join(["\n".join(lines), *figures(name, document, above)])
+    return "\n".join(lines)
 
 
 def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's: whole layers, loads, and a line for each operator of several ranks and scheme.  What several files hold is
     quoted from the one that is least favourable to tpfuse."""
-    parts = [steps(documents), *(served(name, d, ROOT) for name, d in documents.items() if d["what"] == "e2e")]
+    of_layers = {name: d for name, d in documents.items() if d["what"] == "e2e"}
     of_ranks = {name: d for name, d in documents.items() if d["what"] in ("collectives", "gemm")}
-    parts.append(operators(of_ranks))
-    parts += [next((f for n, d in of_ranks.items() if d["what"] == what for f in figures(n, d, ROOT)), "") for what in WHAT]
-    parts = [part for part in parts if part]
+    pictures: dict[str, str] = {}  # the first of each step, and of each kind of operator
+    for name, d in {**of_layers, **of_ranks}.items():
+        for family, picture in figures(name, d, ROOT).items():
+            pictures.setdefault(family if name in of_layers else d["what"], picture)
+    last = [pictures.pop(what) for what in WHAT if what in pictures]
+    loads = [served(name, d) for name, d in of_layers.items()]
+    parts = [part for part in (steps(documents), *pictures.values(), *loads, operators(of_ranks), *last) if part]
     return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
 
 
@@ -239,12 +243,12 @@ def _lines(groups: Sequence[list[Point]], alone: bool = True) -> list[str]:
     return lines
 
 
-def figures(name: str, document: Mapping[str, Any], above: Path) -> list[str]:
-    """The plots beside a result file, one for all of it or one for each operator, as seen from the folder `above`."""
+def figures(name: str, document: Mapping[str, Any], above: Path) -> dict[str, str]:
+    """The plots beside a result file, one for all of it ("") or one for each operator, as seen from the folder `above`."""
     stem = name.removesuffix(".json")
     families = dict.fromkeys(row["op"].replace("scaled_", "").removesuffix("_quantize") for row in document["rows"])
-    paths = [RESULTS / f"{stem}{end}.svg" for end in ("", *(f"-{family}" for family in families))]
-    return [f"![{path.stem}]({os.path.relpath(path, above)})" for path in paths if path.exists()]
+    paths = {family: RESULTS / f"{stem}{family and '-'}{family}.svg" for family in ("", *families)}
+    return {f: f"![{path.stem}]({os.path.relpath(path, above)})" for f, path in paths.items() if path.exists()}
 
 
 def _gain(own: Sequence[Point]) -> float:
@@ -262,13 +266,15 @@ def details(documents: Mapping[str, Mapping[str, Any]]) -> str:
     for name, document in documents.items():
         top = f"## {name.removesuffix('.json')}"
         if document["what"] == "e2e":
-            parts.append("\n\n".join(filter(None, (top, room(name, document), served(name, document, here)))))
+            found = room(name, document), served(name, document), *figures(name, document, here).values()
+            parts.append("\n\n".join(filter(None, (top, *found))))
             continue
         found = points(document)
         sizes = [k for k in dict.fromkeys(k for p in found for k in p.where) if len({str(p.where.get(k)) for p in found}) > 1]
         columns = [k for k in sizes if k != "scheme"]
         lines = ["\n\n".join(
-            [heading(name, document, found), "\n".join(_lines(list(_grouped(found).values()))), *figures(name, document, here)]
+            [heading(name, document, found), "\n".join(_lines(list(_grouped(found).values()))),
+             *figures(name, document, here).values()]
         )]  # fmt: skip
         for (op, scheme), own in _grouped(found).items():
             heads = [*columns, "tpfuse (µs)", "by", "best peer (µs)", "which", "speed-up", "limit reached"]
