@@ -1,5 +1,7 @@
 """Adapters of engines' quantisations and of what all adapters share."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -183,3 +185,16 @@ def test_status_lists_what_is_installed() -> None:
         assert adapters.status()["no_engine::quant"] is False
     finally:
         del adapters._adapters["no_engine::quant"]
+
+
+def test_an_entry_of_ones_own_replaces_the_tables() -> None:
+    """Also one that was made before anything was raised."""
+    own = """
+from torch import fx
+from tpfuse.raising import adapters
+own = adapters.Adapter("_C::scaled_fp4_quant", "quantize", lambda call: {}, ())
+adapters.register(own)
+adapters.raise_adapted(fx.Graph())
+assert adapters._adapters[own.operator] is own
+"""
+    subprocess.run([sys.executable, "-c", own], check=True, timeout=60)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
 
 from tpfuse.formats import Layout, Scheme
 from tpfuse.fusion import composites
+from tpfuse.fusion.composites import Fuel, Worth
 from tpfuse.fusion.flat import flatten
 from tpfuse.ir.op import Args, Op, find, registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit, erase_dead, fake
-from tpfuse.rewrite.match import is_call
+from tpfuse.rewrite.match import is_call, result_at
 from tpfuse.rewrite.order import ORDER, latest_collective, number_collectives, sort
 from tpfuse.rewrite.site import site_of
 
@@ -29,11 +30,9 @@ SCATTERS = ("reduce_scatter", *(name for name in registry if "matmul_reduce_scat
 GATHERS = ("all_gather", "all_gather_quantized", "all_gather_matmul", "all_gather_scaled_matmul")
 _ATTRIBUTES = ("scheme", "layout", "weight_layout", "out_dtype", "fast_accum", "origin")
 
-Fuel = Callable[[], bool]  # takes one unit; False when none is left
-
 
 def async_tp(
-    graph: fx.Graph, fuel: Fuel = lambda: True, worth: composites.Worth = lambda op, args: None
+    graph: fx.Graph, fuel: Fuel = lambda: True, worth: Worth = lambda op, args: None
 ) -> list[Event]:
     """Fuse every product with the collective beside it where that is worth it.  What has a product on one side only is declined
     as "one_side"."""
@@ -55,7 +54,7 @@ def async_tp(
     return [*events, *_left_over(graph)]
 
 
-def _fuse_scatters(graph: fx.Graph, fuel: Fuel, worth: composites.Worth) -> list[Event]:
+def _fuse_scatters(graph: fx.Graph, fuel: Fuel, worth: Worth) -> list[Event]:
     """Reduce-scatters with the products before them and what follows on own rows.  Rules go by size, the larger first, and why
     one refused is kept for the report, since a smaller one may change the place."""
 
@@ -85,12 +84,12 @@ class Gather:
     def of(cls, node: fx.Node, latest: dict[fx.Node, int]) -> Gather | None:
         """The gather at `node` with the products of its rows that need nothing from a later collective; None where there
         are none.  Products of quantised rows go together where they agree in everything but weight, bias and their scales."""
-        rows = _part(node, 0) if _named(node, "all_gather_quantized") else node
+        rows = result_at(node, 0) if _named(node, "all_gather_quantized") else node
         if rows is None:
             return None
 
         def ready(product: fx.Node) -> bool:
-            given = (("x", rows), ("x_scale", _part(node, 1)))  # the rows may be the weight too: then it waits for all of them
+            given = (("x", rows), ("x_scale", result_at(node, 1)))  # as the weight, rows wait for all of them
             others = [a for name, a in _bound(product).items() if isinstance(a, fx.Node) and (name, a) not in given]
             return all(latest[a] < node.meta[ORDER] for a in others)
 
@@ -108,7 +107,7 @@ class Gather:
     @property
     def others(self) -> list[fx.Node]:
         """Who else uses the gathered rows or scales."""
-        parts = [n for n in (self.rows, _part(self.node, 1)) if n is not None]
+        parts = [n for n in (self.rows, result_at(self.node, 1)) if n is not None]
         return [u for n in parts for u in n.users if u not in self.products]
 
     @property
@@ -120,14 +119,13 @@ class Gather:
         graph, node, target, others = self.node.graph, self.node, self.target, self.others
         with graph.inserting_before(node):
             new = emit(graph, target.default, self.arguments, like=node)
-            new.meta[ORDER] = node.meta[ORDER]
             for i, product in enumerate(self.products):
-                product.replace_all_uses_with(self._result(new, i, product))
+                product.replace_all_uses_with(emit(graph, operator.getitem, (new, i), like=product))
             if others:
-                kept = [n for n in (self.rows, _part(node, 1)) if n is not None]
+                kept = [n for n in (self.rows, result_at(node, 1)) if n is not None]
                 for i, value in enumerate(kept):
                     if value.users:
-                        value.replace_all_uses_with(self._result(new, len(self.products) + i, value))
+                        value.replace_all_uses_with(emit(graph, operator.getitem, (new, len(self.products) + i), like=value))
         for product in self.products:
             erase_dead(product)
         for part in list(node.users) if _named(node, "all_gather_quantized") else ():
@@ -155,19 +153,13 @@ class Gather:
         lists = [each(name) for name in ("weight", "weight_scale", "bias", "result_scale", "alpha")]
         return [x, scales, *lists, *(products[0][name] for name in _ATTRIBUTES), gather["rows"]]
 
-    @staticmethod
-    def _result(whole: fx.Node, index: int, like: fx.Node) -> fx.Node:
-        value = whole.graph.call_function(operator.getitem, (whole, index))
-        value.meta.update({k: v for k, v in like.meta.items() if k != ORDER})
-        return value
-
 
 def _scales_fit(gather: fx.Node, product: fx.Node) -> bool:
     """Whether a product's row scales are those that come with the gathered rows, or one number for all rows."""
     bound = _bound(product)
     if bound["scheme"] == "fp8_tensor":
-        return bound["x_scale"] is not _part(gather, 1)
-    if not _named(gather, "all_gather_quantized") or bound["x_scale"] is not _part(gather, 1):
+        return bound["x_scale"] is not result_at(gather, 1)
+    if not _named(gather, "all_gather_quantized") or bound["x_scale"] is not result_at(gather, 1):
         return False
     how = _bound(gather)
     return Scheme.parse(how["scheme"]).name == bound["scheme"] and how["layout"] == bound["layout"]
@@ -193,7 +185,7 @@ def _pair_scales(graph: fx.Graph) -> None:
             args = (q.args[0], scales.args[0], bound["scheme"], bound["layout"], _bound(q)["group"], _bound(q)["rows"])
             both = emit(graph, registry["all_gather_quantized"].default, args, like=first)
             for i, old in enumerate((q, scales)):
-                old.replace_all_uses_with(Gather._result(both, i, old))
+                old.replace_all_uses_with(emit(graph, operator.getitem, (both, i), like=old))
         erase_dead(q)
         erase_dead(scales)
         sort(graph)
@@ -249,11 +241,6 @@ def _bound(node: fx.Node) -> dict[str, Any]:
     op = find(node.target)
     assert op is not None
     return op.bind(node.args, node.kwargs)
-
-
-def _part(node: fx.Node, index: int) -> fx.Node | None:
-    """One result of a gather of quantised rows."""
-    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
 
 
 def _users(node: fx.Node) -> Iterator[fx.Node]:

@@ -8,7 +8,6 @@ a tensor that only orders the call after a cache update, stays as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,17 @@ import torch
 from torch import fx
 
 from tpfuse.formats import Scheme, scales_meta, scheme_of
+from tpfuse.fusion.composites import Fuel
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.functionalized import first_buffer, is_wrapped, mutable, result_at
-from tpfuse.rewrite.match import VIEWS, aten, is_call, tensor
+from tpfuse.rewrite.functionalized import first_buffer, is_wrapped, mutable
+from tpfuse.rewrite.match import VIEWS, aten, is_call, result_at, tensor
+from tpfuse.rewrite.order import bring_before
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import OpOverload, auto_functionalized
 
 PASS = "attention_quantize"
-Fuel = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _buffers(entry: EngineAttention, call: fx.Node, item: fx.Node, quantize: fx.
     columns = tensor(quantize.args[0]).shape[-1]  # type: ignore[arg-type]
     if scheme.group and columns % scheme.group:
         return Decline("group_size", f"groups of {scheme.group} do not divide rows of {columns}")
-    if not _hoisted(quantize.args[1], call):
+    if not bring_before(call, [quantize.args[1]]):
         return Decline("order", "the scale is computed from the attention's result")
     return args
 
@@ -204,23 +204,6 @@ def _rewrite(
         for node in inputs:
             if not node._erased:
                 erase_dead(node)
-
-
-def _hoisted(value: Any, call: fx.Node) -> bool:
-    """Move what computes `value` above the call where it stands below; False where it depends on the call."""
-    order = {n: i for i, n in enumerate(call.graph.nodes)}
-    late: set[fx.Node] = set()
-    pending = [value] if isinstance(value, fx.Node) else []
-    while pending:
-        node = pending.pop()
-        if node is call:
-            return False
-        if order[node] > order[call] and node not in late:
-            late.add(node)
-            pending += node.all_input_nodes
-    for node in sorted(late, key=order.__getitem__):
-        call.prepend(node)
-    return True
 
 
 def _sizes(rows: Any, last: int) -> list[Any] | None:

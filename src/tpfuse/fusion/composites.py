@@ -97,14 +97,12 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     collective = min((c for c in calls if is_collective(c)), key=lambda c: c.meta[ORDER], default=None)
     with graph.inserting_before(anchor):
         new = emit(graph, match.rule.op.default, list(match.args.values()), like=collective or anchor)
-        if collective is not None:
-            new.meta[ORDER] = collective.meta[ORDER]
         for i, holders in enumerate(match.results()):
             if holders:
                 value = new
                 if match.rule.op.results > 1:
-                    value = graph.call_function(operator.getitem, (new, i))
-                    value.meta.update({k: v for k, v in holders[0].meta.items() if k != ORDER})
+                    value = emit(graph, operator.getitem, (new, i), like=holders[0])
+                    value.meta["val"] = holders[0].meta["val"]  # its strides: Inductor restores them where it leaves the graph
                 for holder in holders:
                     holder.replace_all_uses_with(value)
     dead = {*match.nodes.values(), *(u for c in calls for u in c.users if u.target is operator.getitem)}

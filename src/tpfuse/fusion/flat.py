@@ -6,13 +6,12 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import SymInt, fx
+from torch import fx
 
 from tpfuse.fusion.rows import regroups
 from tpfuse.ir.op import registry
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import aten, contiguous, is_call, is_tensor, same_shape, tensor
-from tpfuse.rewrite.order import ORDER
+from tpfuse.rewrite.match import aten, contiguous, is_call, is_tensor, same_shape, tensor, view_sizes
 
 SCATTER, GATHER, NORM, QUANTIZE = (registry[n].default for n in ("reduce_scatter", "all_gather", "rms_norm", "quantize"))
 
@@ -23,7 +22,7 @@ def flatten(graph: fx.Graph) -> None:
     grouped: set[fx.Node] = set()  # views of flat own rows
     for node in [n for n in graph.nodes if is_call(n, SCATTER, GATHER)]:
         x, group, *_ = node.args
-        if tensor(x).dim() < 3 or _sizes(node) is None:
+        if tensor(x).dim() < 3 or view_sizes(tensor(node)) is None:
             continue
         with graph.inserting_before(node):
             flat = emit(graph, node.target, (_flat(graph, x), group), like=node)
@@ -36,15 +35,15 @@ def flatten(graph: fx.Graph) -> None:
         rows = node.all_input_nodes if is_call(node, aten.add.Tensor) else [node.args[0]]
         if not any(r in grouped for r in rows) or not all(map(is_tensor, rows)) or node.kwargs:
             continue
-        if not all(same_shape(tensor(r), tensor(rows[0])) and contiguous(tensor(r)) for r in rows) or _sizes(rows[0]) is None:
+        first = tensor(rows[0])
+        if view_sizes(first) is None or not all(same_shape(tensor(r), first) and contiguous(tensor(r)) for r in rows):
             continue
         with graph.inserting_before(node):
             flats = {r: _flat(graph, r) for r in rows}
             new = emit(graph, node.target, fx.node.map_arg(node.args, lambda a, flats=flats: flats.get(a, a)), like=node)
         for item in list(node.users) if is_call(node, QUANTIZE) else ():
             with graph.inserting_before(node):
-                value = graph.call_function(operator.getitem, (new, item.args[1]))
-            value.meta.update({k: v for k, v in item.meta.items() if k != ORDER}, val=new.meta["val"][item.args[1]])
+                value = emit(graph, operator.getitem, (new, item.args[1]), like=item)
             if same_shape(tensor(value), tensor(item)):  # scales are of rows, however these are grouped
                 item.replace_all_uses_with(value)
                 erase_dead(item)
@@ -69,16 +68,10 @@ def _flat(graph: fx.Graph, value: Any) -> fx.Node:
 def _replace(graph: fx.Graph, node: fx.Node, flat: fx.Node) -> fx.Node:
     """Put flat rows in the place of grouped ones, for those who flatten them as they are → the view for all others."""
     with graph.inserting_before(node):
-        whole = emit(graph, aten.reshape.default, (flat, _sizes(node)), like=node)
+        whole = emit(graph, aten.reshape.default, (flat, view_sizes(tensor(node))), like=node)
     for view in [u for u in node.users if regroups(u) and same_shape(tensor(u), tensor(flat))]:
         view.replace_all_uses_with(flat)
         graph.erase_node(view)
     node.replace_all_uses_with(whole)
     erase_dead(node)
     return whole
-
-
-def _sizes(node: fx.Node) -> list[int] | None:
-    """A value's sizes as arguments of a view; None where more than one is unknown."""
-    sizes = [-1 if isinstance(n, SymInt) else n for n in tensor(node).shape]
-    return sizes if sizes.count(-1) < 2 else None

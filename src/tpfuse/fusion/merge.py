@@ -7,11 +7,11 @@ roundings, so the pass changes numerics: each rank rounds a + b once where the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import combinations
 
 from torch import fx
 
+from tpfuse.fusion.composites import Fuel
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
@@ -20,7 +20,6 @@ from tpfuse.rewrite.order import ORDER, number_collectives, sort
 from tpfuse.rewrite.site import site_of
 
 PASS = "merge_all_reduce"
-Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
 def merge_all_reduces(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:
@@ -83,7 +82,6 @@ def _merge(graph: fx.Graph, a: fx.Node, b: fx.Node) -> fx.Node:
     first, last = sorted((a, b), key=lambda n: n.meta[ORDER])
     with graph.inserting_before(last):
         partial = emit(graph, aten.add.Tensor, (first.args[0], last.args[0]), like=last)
-        partial.meta.pop(ORDER)
         new = emit(graph, registry["all_reduce"].default, (partial, last.args[1]), like=last)
     last.replace_all_uses_with(new)
     graph.erase_node(last)

@@ -7,11 +7,11 @@ each rank rounds x · c where the sum was rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
 
+from tpfuse.fusion.composites import Fuel
 from tpfuse.ir.op import registry
 from tpfuse.report import Event
 from tpfuse.rewrite.emit import emit
@@ -21,7 +21,6 @@ from tpfuse.rewrite.site import site_of
 
 PASS = "all_reduce_norm"  # the rules of this pass find what it uncovers
 RULE = "scale_before_all_reduce"
-Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
 def hoist_scales(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx
 
 from tpfuse.formats import Scheme, default_layout, scales_meta
+from tpfuse.fusion.composites import Fuel
 from tpfuse.fusion.rows import REDUCTIONS, regroups, replicated, row_operands
 from tpfuse.fusion.shards import Shards
 from tpfuse.ir.collective import world_size
@@ -86,7 +87,6 @@ class Chain:
 
 
 Policy = Callable[[Chain], Decline | None]  # why this chain should stay as it is, or None
-Fuel = Callable[[], bool]  # takes one unit; False when none is left
 
 
 def sequence_parallel(

@@ -14,9 +14,7 @@ from tpfuse import shim
 from tpfuse.fusion.rows import regroups, same_for_rows
 from tpfuse.ir.op import find, registry
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import aten, is_call, is_tensor, same_shape, tensor
-
-_copied = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten")
+from tpfuse.rewrite.match import aten, is_call, is_tensor, result_at, same_shape, tensor
 
 
 class Shards:
@@ -118,11 +116,7 @@ class Shards:
 
     def _result(self, whole: fx.Node, index: Any, like: fx.Node) -> fx.Node:
         """One result of several; the same node each time."""
-        found = next((u for u in whole.users if u.target is operator.getitem and u.args[1] == index), None)
-        if found is None:
-            found = self.graph.call_function(operator.getitem, (whole, index))
-            found.meta.update({k: like.meta[k] for k in _copied if k in like.meta}, val=whole.meta["val"][index])
-        return found
+        return result_at(whole, index) or emit(self.graph, operator.getitem, (whole, index), like)
 
     def _reshape(self, value: fx.Node, sizes: Sequence[Any]) -> fx.Node:
         return self._emit(aten.reshape.default, (value, list(sizes)), value)

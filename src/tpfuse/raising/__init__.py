@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from tpfuse.raising import adapter_table as _adapter_table  # noqa: F401  registers its entries, before anybody's own
 from tpfuse.raising.activations import raise_activations
 from tpfuse.raising.adapters import raise_adapted
 from tpfuse.raising.attention import join_heads, raise_attention

@@ -21,8 +21,8 @@ from tpfuse.ir.op import registry
 from tpfuse.raising.quants_emit import put
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE, emit, erase_dead
-from tpfuse.rewrite.functionalized import first_buffer, mutable, overload, result_at
-from tpfuse.rewrite.match import aten, is_call, is_tensor, same, tensor
+from tpfuse.rewrite.functionalized import first_buffer, mutable, overload
+from tpfuse.rewrite.match import arguments, aten, is_call, is_tensor, result_at, same, tensor
 from tpfuse.rewrite.site import site_of
 from tpfuse.shim import OpOverload
 
@@ -98,18 +98,11 @@ def resolve(name: str) -> Any:
 
 def status() -> dict[str, bool]:
     """For each adapter, by its operator's name, whether that operator is installed."""
-    _load_table()
     return {name: resolve(name) is not None for name in _adapters}
-
-
-def _load_table() -> None:
-    """The entries of tpfuse's own table register themselves."""
-    from tpfuse.raising import adapter_table  # noqa: F401
 
 
 def raise_adapted(graph: fx.Graph) -> list[Event]:
     """Raise every call of an adapted operator; a call that cannot be mapped is declined with the adapter's reason."""
-    _load_table()
     events = []
     fold_bitcasts(graph)
     for node in list(graph.nodes):
@@ -194,10 +187,7 @@ def _read(node: fx.Node) -> Call | Decline:
     buffers = mutable(target)
     returned = 0 if buffers else len(schema.returns)
     if node.target is target:
-        names = [a.name for a in schema.arguments]
-        args = {**{a.name: a.default_value for a in schema.arguments if a.has_default_value()}}
-        args.update(zip(names, node.args, strict=False))
-        args.update(node.kwargs)
+        args = arguments(node)
         call = Call(node, {k: v for k, v in args.items() if k not in buffers})
         if buffers:
             return _direct_buffers(call, {name: args[name] for name in buffers})

@@ -23,6 +23,7 @@ from tpfuse.rewrite.emit import DECLINE, emit, erase_dead
 from tpfuse.rewrite.inline import trace_body
 from tpfuse.rewrite.match import (
     VIEWS,
+    arguments,
     aten,
     cast_source,
     is_call,
@@ -171,7 +172,7 @@ def _operator(out: fx.Node) -> Found | Decline | None:
     call = out.args[0]
     if not isinstance(call, fx.Node) or call.target not in _NAMES:
         return None
-    a = _arguments(call)
+    a = arguments(call)
     if out.args[1] != 0 or any(u.target is not operator.getitem or u.args[1] != 0 for u in call.users):
         return Decline("second_user", "another result of the attention than its output is used (its log-sum-exp)")
     if a["dropout_p"] != 0:
@@ -183,13 +184,6 @@ def _operator(out: fx.Node) -> Found | Decline | None:
     mask = a.get("attn_bias", a.get("attn_mask"))
     k, v, repeat = _grouped(k, v)
     return Found(out, q, k, v, mask, float(scale), bool(a["is_causal"]), Method(_NAMES[call.target], repeat))  # type: ignore[index]
-
-
-def _arguments(call: fx.Node) -> dict[str, Any]:
-    """An operator's arguments by name, defaults filled in."""
-    schema = call.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in schema), call.args, strict=False))
-    return {**{a.name: a.default_value for a in schema if a.has_default_value()}, **given, **call.kwargs}
 
 
 def _grouped(k: fx.Node, v: fx.Node) -> tuple[fx.Node, fx.Node, bool]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from typing import Any
 
-from torch import SymInt, fx
+from torch import fx
 
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
@@ -22,7 +21,9 @@ from tpfuse.rewrite.match import (
     same_shape,
     same_strides,
     tensor,
+    view_sizes,
 )
+from tpfuse.rewrite.order import bring_before
 from tpfuse.shim import OpOverload
 
 _SAME = (*VIEWS, aten.expand.default, aten.alias.default, aten.detach.default)
@@ -98,14 +99,8 @@ def _fold_split(cat: fx.Node) -> None:
         return
     cut, to = cut % whole.dim(), to % whole.dim()
     between = part.shape[cut:to] if to > cut else part.shape[to:cut]
-    if all(same(n, 1) for n in between) and (sizes := _sizes(cat)) is not None:
+    if all(same(n, 1) for n in between) and (sizes := view_sizes(tensor(cat))) is not None:
         substitute(cat, aten.reshape.default, (x, sizes))
-
-
-def _sizes(node: fx.Node) -> list[int] | None:
-    """A node's shape as constants, at most one unknown size left to be inferred; None where more are unknown."""
-    sizes = [-1 if isinstance(n, SymInt) else n for n in tensor(node).shape]
-    return sizes if sizes.count(-1) <= 1 else None
 
 
 def join_quantised(graph: fx.Graph) -> list[Event]:
@@ -151,27 +146,9 @@ def hoist_views(graph: fx.Graph) -> list[Event]:
         view = users[0] if len(users) == 1 and is_call(users[0], *VIEWS) else None
         if view is None or not same(tensor(view).shape[-1], tensor(node).shape[-1]):
             continue
-        if _bring_before(node, view.args[1]):
+        if bring_before(node, view.args[1], movable=lambda n: not is_tensor(n)):
             with graph.inserting_before(node):
                 x = emit(graph, aten.reshape.default, (node.args[0], view.args[1]), like=view)
             if isinstance(substitute(view, all_reduce, (x, node.args[1]), at=node), Decline):
                 erase_dead(x)
     return []
-
-
-def _bring_before(node: fx.Node, values: Any) -> bool:
-    """Move the integer arithmetic that computes `values` above `node`; False where it needs a tensor from below."""
-    above = set(itertools.takewhile(lambda n: n is not node, node.graph.nodes))
-    late: list[fx.Node] = []
-    pending = [v for v in values if isinstance(v, fx.Node)]
-    while pending:
-        value = pending.pop()
-        if value not in above:
-            if is_tensor(value):
-                return False
-            late.append(value)
-            pending += value.all_input_nodes
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    for value in sorted(set(late), key=order.__getitem__):
-        node.prepend(value)
-    return True

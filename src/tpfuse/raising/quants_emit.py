@@ -13,7 +13,19 @@ from tpfuse.formats import Scheme
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import VIEWS, aten, constant, is_call, is_tensor, prims, same, same_shape, same_strides, tensor
+from tpfuse.rewrite.match import (
+    VIEWS,
+    aten,
+    constant,
+    is_call,
+    is_tensor,
+    prims,
+    same,
+    same_shape,
+    same_strides,
+    tensor,
+    view_sizes,
+)
 
 _BYTES = (torch.uint8, torch.int32, torch.float4_e2m1fn_x2)
 
@@ -108,11 +120,10 @@ def _sizes(old: fx.Node, x: fx.Node) -> list[Any] | None:
     """The shape of `old` as arguments of a view."""
     if is_call(old, *VIEWS):
         return list(old.args[1])  # type: ignore[arg-type]
-    shape = tensor(old).shape
-    sizes: list[Any] = [-1 if isinstance(n, SymInt) else n for n in shape]
-    if sizes.count(-1) <= 1:
-        return sizes
-    for i, n in enumerate(shape):
+    if (known := view_sizes(tensor(old))) is not None:
+        return known
+    sizes: list[Any] = list(tensor(old).shape)
+    for i, n in enumerate(sizes):
         if isinstance(n, SymInt):
             source = next((d for d, m in enumerate(tensor(x).shape) if same(m, n)), None)
             if source is None:

@@ -13,7 +13,7 @@ from tpfuse.ir.matmul import dtype_name, origins
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE, emit, substitute
-from tpfuse.rewrite.match import VIEWS, aten, is_call, is_tensor, only_user, operands, same, tensor
+from tpfuse.rewrite.match import VIEWS, arguments, aten, is_call, is_tensor, only_user, operands, same, tensor
 from tpfuse.rewrite.site import site_of
 
 E4M3 = torch.float8_e4m3fn
@@ -37,11 +37,7 @@ def raise_scaled_matmuls(graph: fx.Graph) -> list[Event]:
 
 
 def _raise(node: fx.Node) -> fx.Node | Decline:
-    schema = torch.ops.aten._scaled_mm.default._schema.arguments
-    values = [a.default_value if a.has_default_value() else None for a in schema]
-    values[: len(node.args)] = node.args
-    values = [node.kwargs.get(a.name, v) for a, v in zip(schema, values, strict=True)]
-    a = dict(zip(_NAMES, values, strict=True))
+    a = dict(zip(_NAMES, arguments(node).values(), strict=True))
     a["out_dtype"] = dtype_name(tensor(node).dtype)
     with node.graph.inserting_before(node):
         if tensor(a["x"]).dtype in (FP4, torch.uint8):

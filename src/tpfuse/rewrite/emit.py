@@ -9,10 +9,11 @@ from torch import fx
 
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same_shape, same_strides
+from tpfuse.rewrite.order import ORDER, is_collective
 from tpfuse.shim import detect_fake_mode, enable_python_dispatcher, needs_exact_strides
 
 DECLINE = "tpfuse_decline"  # metadata of a node that was not raised: the Decline that says why
-COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten", "tpfuse_order")
+COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten")
 
 
 def fake(value: Any) -> Any:
@@ -31,8 +32,8 @@ def emit(
 ) -> fx.Node:
     """Call `target` at the graph's insertion point.
 
-    The new node's value is computed by the operator's fake, the rest of its metadata is that of `like`, the
-    node that it stands in for.
+    Its value is computed by the operator's fake; its layer path, and a collective's place in the program, are those of
+    `like`, the node that it stands in for.
     """
     kwargs = dict(kwargs or {})
     node = graph.call_function(target, tuple(args), kwargs)
@@ -45,7 +46,8 @@ def emit(
         node.meta["val"] = target(*fakes, **named)
     if needs_exact_strides(target):  # without these, Inductor lets the inputs lie in memory as it likes
         node.meta["eager_input_vals"] = (fakes, named)
-    node.meta.update({k: like.meta[k] for k in COPIED if k in like.meta})
+    handed_on = (*COPIED, ORDER) if is_collective(node) else COPIED
+    node.meta.update({k: like.meta[k] for k in handed_on if k in like.meta})
     return node
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 from torch import fx
 
 from tpfuse.shim import OpOverload
@@ -31,8 +29,3 @@ def mutable(target: OpOverload) -> list[str]:
 def first_buffer(target: OpOverload) -> int:
     """The place of the first buffer among a wrapper's results."""
     return max(1, len(target._schema.returns))
-
-
-def result_at(node: fx.Node, index: int) -> fx.Node | None:
-    """The node that takes one value out of a call's results."""
-    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import struct
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
@@ -40,6 +41,11 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def result_at(node: fx.Node, index: int) -> fx.Node | None:
+    """The node that takes one value out of a call's results, or None where nobody does."""
+    return next((u for u in node.users if u.target is operator.getitem and u.args[1] == index), None)
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for every token count."""
     return a is b or bool(statically_known_true(a == b))
@@ -52,6 +58,19 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
 def same_strides(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lie alike in memory; the stride of a dimension of size 1 says nothing."""
     return all(same(n, 1) or same(s, t) for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def view_sizes(value: Tensor) -> list[int] | None:
+    """A tensor's shape as arguments of a view, one unknown size at most left to be inferred (-1); None where more are unknown."""
+    sizes = [-1 if isinstance(n, SymInt) else n for n in value.shape]
+    return sizes if sizes.count(-1) <= 1 else None
+
+
+def arguments(call: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of a registered operator by name in the order of its schema, defaults filled in."""
+    schema: Any = call.target._schema.arguments  # type: ignore[union-attr]
+    given = {**dict(zip((a.name for a in schema), call.args, strict=False)), **call.kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
 def contiguous(value: Tensor) -> bool:

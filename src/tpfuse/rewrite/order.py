@@ -1,9 +1,12 @@
-"""Collectives keep their program order on every rank: their numbering, the check before a rewrite, the final sort."""
+"""Collectives keep their program order on every rank: their numbering, the check before a rewrite, the final sort; moving what a
+rewrite needs above it."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import fx
 
@@ -33,6 +36,25 @@ def latest_collective(graph: fx.Graph) -> dict[fx.Node, int]:
         before = max((latest[a] for a in node.all_input_nodes), default=-1)
         latest[node] = max(before, node.meta.get(ORDER, -1) if is_collective(node) else -1)
     return latest
+
+
+def bring_before(node: fx.Node, values: Iterable[Any], movable: Callable[[fx.Node], bool] = lambda node: True) -> bool:
+    """Move what computes `values` and stands below `node` above it.  False, nothing moved, where some of it is not `movable`, or
+    depends on `node`."""
+    above = set(itertools.takewhile(lambda n: n is not node, node.graph.nodes))
+    late: set[fx.Node] = set()
+    pending = [v for v in values if isinstance(v, fx.Node)]
+    while pending:
+        value = pending.pop()
+        if value in above or value in late:
+            continue
+        if value is node or not movable(value):
+            return False
+        late.add(value)
+        pending += value.all_input_nodes
+    for value in sorted(late):
+        node.prepend(value)
+    return True
 
 
 def sort(graph: fx.Graph) -> None:
