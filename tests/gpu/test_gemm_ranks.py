@@ -178,7 +178,22 @@ def release_and_restore(rank: int, world: int) -> None:
         problems.scatter(rank, world, group, 33, 64, 1024, torch.bfloat16, True, 1),
         problems.gather(rank, world, group, 33, 1024, (64,), torch.bfloat16, True, True, 2),
     ]
-    workspaces.prepare_scatter(group, 128, 1024, timeout=20.0)  # enlarged
+    launches, graph = [(p, a, p.launcher(a)) for p in made for a in problems.ALGORITHMS[p.name]], torch.cuda.CUDAGraph()
+    for _, _, launch in launches:
+        launch()
+    torch.use_deterministic_algorithms(False)
+    with torch.cuda.graph(graph):
+        captured = [launch() for _, _, launch in launches]
+    for prepare in (workspaces.prepare, workspaces.prepare_scatter, workspaces.prepare_gather):
+        prepare(group, 128, 1024, timeout=20.0)  # enlarged: the graph keeps what it was captured with
+    for _ in range(3):
+        for results in captured:
+            for t in results:
+                t.fill_(float("nan"))
+        graph.replay()
+        for (problem, algorithm, launch), results in zip(launches, captured, strict=True):
+            problem.check(results, algorithm)
+            problem.check(launch(), algorithm)
     for turn in range(2):
         for problem in made:
             for algorithm in problems.ALGORITHMS[problem.name]:

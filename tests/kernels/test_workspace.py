@@ -135,9 +135,14 @@ def test_lost_peers_are_looked_for_while_groups_are_added(machine: Machine, monk
 
 
 def test_a_released_region_is_reached_by_no_graph_ever(machine: Machine) -> None:
-    first = regions.prepare(SCATTER, "tp", 4, 64)
-    second = regions.prepare(SCATTER, "tp", 8, 64)
-    assert first.table.all() and second.table.all() and regions.region_of(SCATTER, "tp") is second
+    every = []
+    for tokens in (4, 8):
+        regions.prepare(SCATTER, "tp", tokens, 64)
+        machine.capturing = True
+        every.append(regions.region_of(SCATTER, "tp"))
+        machine.capturing = False
+    first, second = every
+    assert first.table.all() and second.table.all() and machine.living() == [True, True]
     regions.release("tp")
     with pytest.raises(FusionError, match="no scatter region"):
         regions.region_of(SCATTER, "tp")
@@ -146,3 +151,14 @@ def test_a_released_region_is_reached_by_no_graph_ever(machine: Machine) -> None
     assert third.table.all() and third.layout == second.layout
     assert not first.table.any() and not second.table.any()
     assert machine.living() == [False, False, True]
+
+
+def test_regions_that_no_graph_holds_leave_nothing(machine: Machine) -> None:
+    regions.prepare(SCATTER, "tp", 4, 64)
+    regions.region_of(SCATTER, "tp")
+    regions.prepare(SCATTER, "tp", 8, 64)
+    for _ in range(3):
+        regions.release("tp")
+        regions.restore("tp")
+    assert regions.region_of(SCATTER, "tp").table.all()
+    assert machine.living() == [False] * 4 + [True] and len(regions._regions["tp", SCATTER]) == 1

@@ -33,7 +33,7 @@ class Region(Link):
     """One group's region of one kind on this rank.
 
     buffers: all ranks', int8 [layout.total], as this rank maps them; empty while released.  side, copies: streams of high
-    priority for what runs beside the products of the current one.
+    priority for what runs beside the products of the current one.  holders: "graph" once one was captured with it.
     """
 
     layout: RegionLayout
@@ -42,6 +42,7 @@ class Region(Link):
     copies: torch.cuda.Stream
     buffers: list[Tensor] = field(default_factory=list)
     mappings: list[Any] = field(default_factory=list)
+    holders: list[str] = field(default_factory=list)
 
     @staticmethod
     def create(rank: int, world: int, layout: RegionLayout, sms: int, request: dict[str, Any]) -> Region:
@@ -107,9 +108,14 @@ def prepare(
     agree(process_group, request, timeout)
     made = _regions.setdefault((process_group.group_name, kind), [])
     if made:
-        merged = {key: max(value, made[-1].request[key]) for key, value in request.items()}
-        if merged == made[-1].request and made[-1].buffers:
-            return made[-1]
+        last = made[-1]
+        merged = {key: max(value, last.request[key]) for key, value in request.items()}
+        if merged == last.request and last.buffers:
+            return last
+        torch.cuda.synchronize()
+        agree(process_group, {"enlarged": merged, "captured": last.holders}, merged["timeout"])
+        if not last.holders:
+            made.pop()
         request = merged
     rank, world = process_group.rank(), process_group.size()
     layout = RegionLayout.of(world, request["max_tokens"], request["hidden"], request["itemsize"], kind == GATHER)
@@ -137,14 +143,15 @@ def release(group: Any) -> bool:
 
 
 def restore(group: Any) -> bool:
-    """Allocate and exchange a group's released regions again; false where it has none.  With tables of their own: those of before
-    stay empty for the graphs that still hold them."""
+    """Allocate and exchange a group's released regions again; false where it has none.  With a table of its own where graphs hold
+    that of before, which stays empty."""
     process_group = shim.group_of(group)
     every = _of_group(process_group.group_name)
     for made in every:
         last = made[-1]
         if not last.buffers:
-            made.append(Region.create(last.rank, last.world, last.layout, last.sms, last.request))
+            if last.holders:
+                made.append(Region.create(last.rank, last.world, last.layout, last.sms, last.request))
             _restore(process_group, made[-1])
     return bool(every)
 
@@ -158,8 +165,11 @@ def region_of(kind: str, group: str) -> Region:
     made = _regions.get((group, kind))
     if not made or not made[-1].buffers:
         raise FusionError(f"group {group!r} has no {kind} region: call tpfuse.runtime.workspaces.prepare_{kind} on every rank")
-    made[-1].check()
-    return made[-1]
+    region = made[-1]
+    region.check()
+    if not region.holders and torch.cuda.is_current_stream_capturing():
+        region.holders.append("graph")
+    return region
 
 
 def lost_peers() -> list[LostPeer]:
