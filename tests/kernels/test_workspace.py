@@ -16,25 +16,32 @@ from tpfuse.kernels.regions import SCATTER
 from tpfuse.report import FusionError
 
 
+class Group:
+    group_name = "tp"
+
+    def __init__(self, world: int = 2) -> None:
+        self.size, self.rank = lambda: world, lambda: 0
+
+
 class Machine:
     """Rank 0 of two.  capturing: whether a graph is.  room: symmetric buffers that there is memory for.  agreed: with the other
     rank, which says the same."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capturing, self.room, self.agreed, self.made = False, 100, [], []
-        group = SimpleNamespace(group_name="tp", size=lambda: 2, rank=lambda: 0)
+        self.group = Group()
         create, memory, cpu = Channel.create, Link.memory, torch.device("cpu")
         patches: dict[Any, dict[str, Any]] = {
             shim: {
-                "group_of": lambda name: group, "is_capturing": lambda: self.capturing, "symmetric_buffer": self._buffer,
-                "peer_views": lambda buffer, addresses, handle: [buffer, torch.empty_like(buffer)],
+                "group_of": lambda name: self.group, "is_capturing": lambda: self.capturing, "symmetric_buffer": self._buffer,
+                "peer_views": lambda buffer, addresses, handle: [buffer, *map(torch.empty_like, [buffer] * len(addresses[1:]))],
             },
             torch.cuda: {
                 "synchronize": lambda: None, "current_device": lambda: 0, "Stream": lambda *args, **kwargs: None,
                 "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=132),
                 "current_stream": lambda: SimpleNamespace(cuda_stream=0), "is_current_stream_capturing": lambda: self.capturing,
             },
-            workspace: {"agree": self._agree, "_workspaces": {}},
+            workspace: {"agree": self._agree, "_workspaces": {}, "_groups": {}},
             regions: {"agree": self._agree, "_regions": {}},
             Channel: {"create": lambda rank, world, layout, device, *more: create(rank, world, layout, cpu, *more)},
             Link: {"memory": lambda world, device, timeout: memory(world, cpu, timeout)},
@@ -51,7 +58,7 @@ class Machine:
             raise torch.OutOfMemoryError
         buffer = torch.empty(size, dtype=torch.int8)
         self.made.append(StorageWeakRef(buffer.untyped_storage()))
-        return buffer, [buffer.data_ptr(), 4096], None
+        return buffer, [buffer.data_ptr(), *(4096,) * (group.size() - 1)], None
 
     def living(self) -> list[bool]:
         """Of the buffers in the order that they were made in."""
@@ -162,3 +169,13 @@ def test_regions_that_no_graph_holds_leave_nothing(machine: Machine) -> None:
         regions.restore("tp")
     assert regions.region_of(SCATTER, "tp").table.all()
     assert machine.living() == [False] * 4 + [True] and len(regions._regions["tp", SCATTER]) == 1
+
+
+def test_a_name_that_is_given_again_is_another_group(machine: Machine) -> None:
+    workspace.prepare("tp", 4, 64)
+    regions.prepare(SCATTER, "tp", 4, 64)
+    machine.group = Group(world=4)
+    assert workspace.prepare("tp", 4, 64).channels[0].world == 4 and workspace.channel_of("tp").world == 4
+    assert regions.prepare(SCATTER, "tp", 4, 64).world == 4
+    assert machine.living() == [False] * 4 + [True] * 4
+    assert workspace.prepare("tp", 4, 64) is workspace._workspaces["tp"][0]

@@ -21,7 +21,7 @@ from tpfuse.report import FusionError
 from .channel import Link
 from .plan import REGION_HEAD, RegionLayout
 from .signal import RECORD_WORD, LostPeer
-from .workspace import agree
+from .workspace import agree, is_another
 
 SCATTER, GATHER = "scatter", "gather"
 CALL_WORD = 1  # of the state: the number of the present call, from 1
@@ -107,6 +107,8 @@ def prepare(
         raise FusionError("a region cannot be prepared inside graph capture: prepare the group before")
     agree(process_group, request, timeout)
     made = _regions.setdefault((process_group.group_name, kind), [])
+    if is_another(process_group, kind):
+        made.clear()
     if made:
         last = made[-1]
         merged = {key: max(value, last.request[key]) for key, value in request.items()}

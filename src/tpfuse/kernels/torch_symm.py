@@ -19,6 +19,7 @@ from tpfuse.report import FusionError
 from . import calls
 from .calls import NormCall, rows_of
 from .reduced import norm_of
+from .workspace import is_another
 
 MAX_BYTES = 256 << 20  # of a buffer: longer calls go in several launches
 _buffers: dict[str, list[tuple[Tensor, Any]]] = {}  # by group, the last one in use; captured graphs keep the others
@@ -30,6 +31,8 @@ def prepare(group: Any, max_tokens: int, hidden: int, dtypes: Sequence[torch.dty
     row = hidden * max(d.itemsize for d in dtypes)
     size = max(row, min(max_tokens * row, MAX_BYTES // row * row))
     made = _buffers.setdefault(process_group.group_name, [])
+    if is_another(process_group, "torch_symm"):
+        made.clear()
     if made and made[-1][0].numel() >= size:
         return
     if shim.is_capturing():

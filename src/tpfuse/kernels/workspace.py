@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ from .signal import LostPeer
 
 _workspaces: dict[str, list[Workspace]] = {}  # by group, the last one in use; captured graphs keep the others
 _generation: dict[str, int] = {}
+_groups: dict[tuple[str, str], weakref.ref[Any]] = {}  # what a name stood for when memory of a kind was made
 _chosen: ContextVar[int | None] = ContextVar("channel", default=None)
 
 
@@ -88,6 +90,8 @@ def prepare(
         raise FusionError("a workspace cannot be prepared inside graph capture: prepare the group before")
     agree(process_group, request, timeout)
     every = _workspaces.setdefault(name, [])
+    if is_another(process_group, "channels"):
+        every.clear()
     if every:
         known = every[-1]
         merged = {key: max(value, known.request[key]) for key, value in request.items()}
@@ -143,6 +147,14 @@ def restore(group: Any) -> None:
 
 def is_prepared(group: Any) -> bool:
     return bool(_workspaces.get(shim.group_of(group).group_name))
+
+
+def is_another(group: dist.ProcessGroup, kind: str) -> bool:
+    """Whether the group is not the one of that name that memory of this kind was made for: names of destroyed groups are given
+    again."""
+    key, before = (group.group_name, kind), _groups.get((group.group_name, kind))
+    _groups[key] = weakref.ref(group)
+    return before is not None and before() is not group
 
 
 def channel_of(group: str) -> Channel:
