@@ -1,5 +1,5 @@
-"""The CUDA C++ kernels run on a CPU, for all ranks at once (on_cpu.hpp): each inline assembly becomes a call, the rest is compiled
-as it stands.  What the launchers would launch is recorded first."""
+"""The CUDA C++ kernels run on a CPU, for all ranks at once (on_cpu.hpp): each inline assembly becomes a call, the rest is
+compiled as it stands.  What the launchers would launch is recorded first."""
 
 from __future__ import annotations
 
