@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
@@ -90,8 +91,9 @@ def async_tp(group: dist.ProcessGroup) -> dict[str, Any]:
     return {"_micro_pipeline_tp": True}
 
 
+@functools.cache
 def cuda_library() -> Any:
-    """The CUDA driver, by ctypes."""
+    """The CUDA driver, by ctypes: looked up once, not at every launch."""
     import ctypes
 
     return ctypes.CDLL("libcuda.so.1")

@@ -48,7 +48,8 @@ def run_norms(rank: int, world: int) -> int:
             torch.testing.assert_close(norm.double(), want, rtol=2e-5, atol=1e-6)
             done += 1
     x = rows(tokens=4, hidden=200)
-    got = norm_quant.rms_norm(x, None, 3e-6, 0.0, "cast_first").double()
+    arguments = (x, None, None, 3e-6, 0.0, "cast_first", "fp8_token", "row")
+    got = norm_quant.rms_norm_quantize(*arguments, alive=(False, False, True))[2].double()
     torch.testing.assert_close(got, normalised(x.double(), None, 3e-6, 0.0), rtol=2e-5, atol=1e-6)
     return done
 

@@ -9,7 +9,7 @@ import torch
 
 from tpfuse.ir import overlap
 from tpfuse.ir.chained import Chained
-from tpfuse.ir.op import Op, load
+from tpfuse.ir.op import Op
 from tpfuse.lowering.select import Pick, pick
 from tpfuse.lowering.table import Entry, Table
 from tpfuse.report import Decline
@@ -48,7 +48,6 @@ def test_each_is_there_on_request(op: Op, arguments: Any) -> None:
         table = Table(entries=(Entry(op.name, "bfloat16", 2, ((None, name),)),))
         found = pick(op, arguments(), H100, "auto", table)
         assert isinstance(found, Pick) and found.name == name
-        assert callable(load(found.kernels[0][1].launch)) and callable(load(found.kernels[0][1].prepare))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,6 @@ def test_the_norm_behind_a_product(op: Chained) -> None:
         entry = Entry(op.name, "bfloat16", 2, ((None, f"cuda:{algorithm}"),), scheme=args.get("w_scheme", ""))
         found = pick(op, args, H100, "auto", Table(entries=(entry,)))
         assert isinstance(found, Pick) and found.name == f"cuda:{algorithm}"
-        assert callable(load(found.kernels[0][1].launch))
     wide = {**args, "w": torch.empty(64, 16392, dtype=args["w"].dtype, device="meta")}
     for changed, code in (
         (wide, "hidden_too_large"),

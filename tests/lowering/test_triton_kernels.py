@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tpfuse.ir import fused
+from tpfuse.ir import fused, registry
 from tpfuse.ir.attention import attention_quantize
 from tpfuse.ir.op import load
 from tpfuse.ir.rope import qk_norm_rope
@@ -64,15 +65,11 @@ def test_one_gpu_kernels() -> None:
 
 def test_every_launcher_exists() -> None:
     pytest.importorskip("triton")
-    for op in (
-        fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
-        fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.rms_norm_quantize,
-        fused.add_rms_norm_quantize, fused.act_and_mul_quantize, qk_norm_rope, attention_quantize,
-    ):  # fmt: skip
-        kernels = [k for k in op.kernels if k.backend == "triton"]
-        assert kernels
-        for kernel in kernels:
-            assert callable(load(kernel.launch))
+    kernels = [kernel for op in registry.values() for kernel in op.kernels if kernel.backend != "reference"]
+    assert len(kernels) > 90
+    for kernel in kernels:
+        assert callable(load(kernel.launch)) and (not kernel.prepare or callable(load(kernel.prepare)))
+    assert not hasattr(importlib.import_module("tpfuse.kernels.two_shot"), "all_reduce")
 
 
 def heads(width: int = 128, dtype: torch.dtype = torch.bfloat16, **others: Any) -> dict[str, Any]:

@@ -151,6 +151,12 @@ def all_reduce_rms_norm_add_rms_norm_quantize(
     return q, scales, norm, h
 
 
+ALL_REDUCES = (
+    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_add_rms_norm, all_reduce_rms_norm_quantize,
+    all_reduce_add_rms_norm_quantize, all_reduce_rms_norm_add_rms_norm_quantize,
+)  # fmt: skip
+
+
 @op(sample=sampler("x", "weight", "scale", *_NORM, *_QUANT), fuse="norm_quantize")
 def rms_norm_quantize(
     x: Tensor, weight: Tensor | None, scale: Tensor | None, eps: float = 1e-6, weight_bias: float = 0.0,

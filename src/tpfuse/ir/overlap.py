@@ -128,14 +128,6 @@ def all_gather_scaled_matmul(
     return [*products, *kept] if keep else products
 
 
-# Products in front of what follows a reduce-scatter on own rows, a dozen operators: `matmul_reduce_scatter_rms_norm` …
-# `scaled_matmul_reduce_scatter_rms_norm_add_rms_norm_quantize`.
-PRODUCTS = (matmul, scaled_matmul)
-FOLLOWERS = (
-    shard.reduce_scatter_rms_norm, shard.reduce_scatter_add_rms_norm, shard.reduce_scatter_rms_norm_add_rms_norm,
-    shard.reduce_scatter_rms_norm_quantize, shard.reduce_scatter_add_rms_norm_quantize,
-    shard.reduce_scatter_rms_norm_add_rms_norm_quantize,
-)  # fmt: skip
 _RENAMED = {
     "weight": "w", "weight_scale": "w_scale", "bias": "w_bias", "scheme": "w_scheme", "layout": "w_layout", "alpha": "w_alpha",
 }  # fmt: skip
@@ -158,4 +150,5 @@ def _with_norm(product: Op, then: Op) -> Chained:
     return Chained(f"{product.name}_{then.name}", product, then, _RENAMED, sample, doc, "async_tp", scattered)
 
 
-WITH_NORM = tuple(_with_norm(product, then) for product in PRODUCTS for then in FOLLOWERS)
+# A dozen: `matmul_reduce_scatter_rms_norm` … `scaled_matmul_reduce_scatter_rms_norm_add_rms_norm_quantize`.
+WITH_NORM = tuple(_with_norm(product, then) for product in (matmul, scaled_matmul) for then in shard.SCATTERED)

@@ -246,3 +246,15 @@ def reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather(
     )
     q, scales = all_gather_quantized(q, scales, scheme, layout, group, rows)
     return q, scales, norm, h
+
+
+# What is left on own rows, and the same with what others need of it gathered.
+SCATTERED = (
+    reduce_scatter_rms_norm, reduce_scatter_add_rms_norm, reduce_scatter_rms_norm_add_rms_norm,
+    reduce_scatter_rms_norm_quantize, reduce_scatter_add_rms_norm_quantize, reduce_scatter_rms_norm_add_rms_norm_quantize,
+)  # fmt: skip
+GATHERED = (
+    reduce_scatter_rms_norm_all_gather, reduce_scatter_add_rms_norm_all_gather, reduce_scatter_rms_norm_add_rms_norm_all_gather,
+    reduce_scatter_rms_norm_quantize_all_gather, reduce_scatter_add_rms_norm_quantize_all_gather,
+    reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather,
+)  # fmt: skip

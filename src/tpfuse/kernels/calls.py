@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,12 @@ import torch
 from torch import Tensor
 
 from tpfuse.formats import Layout, Scheme, quantize_fake
-from tpfuse.ir import registry
+from tpfuse.ir import fused, registry
 from tpfuse.ir.norm import Rounding
 
 from .rows import DYNAMIC, NO_SCHEME, NVFP4, TENSOR
 
-ALL_REDUCES = (
-    "all_reduce_rms_norm", "all_reduce_add_rms_norm", "all_reduce_rms_norm_quantize", "all_reduce_add_rms_norm_quantize",
-    "all_reduce_rms_norm_add_rms_norm", "all_reduce_rms_norm_add_rms_norm_quantize",
-)  # fmt: skip
+ALL_REDUCES = tuple(op.name for op in fused.ALL_REDUCES)
 NO_QUANTISE: dict[str, Any] = {
     "SCHEME": NO_SCHEME.value, "GROUP": 1, "INVERT": False, "FLOOR": 0.0, "LOW": 0.0, "HIGH": math.inf, "POW2": False,
     "PACKED": False, "TILE": 1,
@@ -118,17 +116,21 @@ def call_of(kind: type[Call], operator: str, args: Sequence[Any], alive: tuple[b
     return kind(operator, alive=alive, sandwich="weight2" in given, **given, **more)
 
 
-def operators(run: Callable[[NormCall], tuple[Tensor, ...]], names: Sequence[str] = ALL_REDUCES) -> list[Callable[..., Any]]:
-    """For each operator what the registry launches: its arguments by position and `alive` → its results."""
+def launchers(run: Callable[[NormCall], tuple[Tensor, ...]]) -> Callable[[str], Callable[..., Any]]:
+    """The `__getattr__` of a module of kernels: what the registry launches for an all-reduce with a norm behind it, by the
+    operator's name; called with its arguments by position and `alive` → its results."""
 
     def launcher(name: str) -> Callable[..., Any]:
+        if name not in ALL_REDUCES:
+            raise AttributeError(f"no kernel is named {name!r}")
         return lambda *args, alive: run(call_of(NormCall, name, args, alive))
 
-    return [launcher(name) for name in names]
+    return launcher
 
 
+@functools.cache
 def scheme_constants(scheme: str, layout: str, block: int) -> dict[str, Any]:
-    """The compile-time constants of `rows.quantise_row` for rows of `block` columns."""
+    """The compile-time constants of `rows.quantise_row` for rows of `block` columns; not to be written to."""
     what, where = Scheme.parse(scheme).meaning(), Layout.parse(layout)
     kind = NVFP4 if not what.is_fp8 else DYNAMIC if what.is_dynamic else TENSOR
     return {

@@ -131,7 +131,4 @@ def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(one_shot(channel_of(call.group), call))
 
 
-(
-    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize,
-    all_reduce_rms_norm_add_rms_norm, all_reduce_rms_norm_add_rms_norm_quantize,
-) = calls.operators(_run)  # fmt: skip
+__getattr__ = calls.launchers(_run)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tpfuse.formats import Scheme, quantize_fake
+from tpfuse.ir import shard
 from tpfuse.report import FusionError
 
 from . import calls
@@ -18,6 +19,8 @@ from .channel import Channel
 from .cuda_norm import Args, BlockPlan, inputs_of, kernel_of, pointer
 from .plan import ceil_div
 from .workspace import channel_of
+
+OPERATORS = tuple(op.name for op in (*shard.SCATTERED, *shard.GATHERED))
 
 
 class ShardOutputs(NamedTuple):
@@ -99,8 +102,10 @@ def sharded(channel: Channel, call: ShardCall) -> ShardOutputs:
     return outputs
 
 
-def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """What the registry launches."""
+def __getattr__(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """What the registry launches for an operator, by its name."""
+    if name not in OPERATORS:
+        raise AttributeError(f"no kernel is named {name!r}")
     quantised, gather = "_quantize" in name, name.endswith("_all_gather")
 
     def run(*args: Any, alive: tuple[bool, ...]) -> tuple[Tensor, ...]:
@@ -114,19 +119,3 @@ def _operator(name: str) -> Callable[..., tuple[Tensor, ...]]:
         return (out.norm, out.own_norm, out.reduced) if gather else (out.own_norm, out.reduced)
 
     return run
-
-
-reduce_scatter_rms_norm = _operator("reduce_scatter_rms_norm")
-reduce_scatter_add_rms_norm = _operator("reduce_scatter_add_rms_norm")
-reduce_scatter_rms_norm_add_rms_norm = _operator("reduce_scatter_rms_norm_add_rms_norm")
-reduce_scatter_rms_norm_quantize = _operator("reduce_scatter_rms_norm_quantize")
-reduce_scatter_add_rms_norm_quantize = _operator("reduce_scatter_add_rms_norm_quantize")
-reduce_scatter_rms_norm_add_rms_norm_quantize = _operator("reduce_scatter_rms_norm_add_rms_norm_quantize")
-reduce_scatter_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_all_gather")
-reduce_scatter_add_rms_norm_all_gather = _operator("reduce_scatter_add_rms_norm_all_gather")
-reduce_scatter_rms_norm_add_rms_norm_all_gather = _operator("reduce_scatter_rms_norm_add_rms_norm_all_gather")
-reduce_scatter_rms_norm_quantize_all_gather = _operator("reduce_scatter_rms_norm_quantize_all_gather")
-reduce_scatter_add_rms_norm_quantize_all_gather = _operator("reduce_scatter_add_rms_norm_quantize_all_gather")
-reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather = _operator(
-    "reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather"
-)

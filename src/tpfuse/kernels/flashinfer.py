@@ -127,4 +127,4 @@ def _run(call: NormCall) -> tuple[Tensor, ...]:
     return call.results(launch(call))
 
 
-_, all_reduce_add_rms_norm, _, all_reduce_add_rms_norm_quantize, *_ = calls.operators(_run)
+__getattr__ = calls.launchers(_run)

@@ -18,6 +18,4 @@ def _run(call: NormCall) -> tuple[Tensor, ...]:
     return norm_of(call, reduced.view(call.x.shape))
 
 
-(
-    all_reduce_rms_norm, all_reduce_add_rms_norm, all_reduce_rms_norm_quantize, all_reduce_add_rms_norm_quantize, *_,
-) = calls.operators(_run)  # fmt: skip
+__getattr__ = calls.launchers(_run)

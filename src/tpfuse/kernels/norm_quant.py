@@ -133,10 +133,6 @@ def _local(name: str, args: tuple[Any, ...], alive: tuple[bool, ...]) -> tuple[T
     return norm_quantise(call_of(NormCall, name, args, alive))
 
 
-def rms_norm(*args: Any, alive: tuple[bool] = (True,)) -> Tensor:
-    return _local("rms_norm", args, (*alive, False))[2]
-
-
 def add_rms_norm(*args: Any, alive: tuple[bool, bool]) -> tuple[Tensor, ...]:
     return _local("add_rms_norm", args, alive)[2:]
 
@@ -149,19 +145,11 @@ def add_rms_norm_quantize(*args: Any, alive: tuple[bool, bool, bool, bool]) -> t
     return _local("add_rms_norm_quantize", args, alive)
 
 
-def act_and_mul(gate, up, act, *, alive=(True,)) -> Tensor:
-    return _act(gate, up, None, act, "", "", (False, False, True))[2]
-
-
-def act_and_mul_quantize(gate, up, scale, act, scheme, layout, *, alive) -> tuple[Tensor, Tensor, Tensor]:
-    return _act(gate, up, scale, act, scheme, layout, alive)
-
-
-def _act(
-    gate: Tensor, up: Tensor, scale: Tensor | None, act: str, scheme: str, layout: str, alive: tuple[bool, bool, bool]
+def act_and_mul_quantize(
+    gate: Tensor, up: Tensor, scale: Tensor | None, act: str, scheme: str, layout: str, *, alive: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """act(gate) * up, quantised.  gate, up: [..., hidden], possibly the halves of one matrix."""
-    quantised = bool(scheme) and (alive[0] or alive[1])
+    quantised = alive[0] or alive[1]
     shape, hidden = gate.shape, gate.shape[-1]
     empty = gate.new_empty(0)
     out = gate.new_empty(shape if alive[2] else 0)

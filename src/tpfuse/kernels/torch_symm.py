@@ -6,7 +6,7 @@ in one order on the device: one stream at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -82,11 +82,12 @@ def _run(algorithm, call: NormCall) -> tuple[Tensor, ...]:
     return norm_of(call, reduced.view(call.x.shape))
 
 
-(
-    one_shot_all_reduce_rms_norm, one_shot_all_reduce_add_rms_norm, one_shot_all_reduce_rms_norm_quantize,
-    one_shot_all_reduce_add_rms_norm_quantize, *_,
-) = calls.operators(partial(_run, one_shot))  # fmt: skip
-(
-    two_shot_all_reduce_rms_norm, two_shot_all_reduce_add_rms_norm, two_shot_all_reduce_rms_norm_quantize,
-    two_shot_all_reduce_add_rms_norm_quantize, *_,
-) = calls.operators(partial(_run, two_shot))  # fmt: skip
+_LAUNCHERS = {algorithm.__name__: calls.launchers(partial(_run, algorithm)) for algorithm in (one_shot, two_shot)}
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The launcher of an operator by an algorithm: `one_shot_all_reduce_rms_norm`."""
+    algorithm, _, operator = name.partition("_all_reduce")
+    if algorithm not in _LAUNCHERS:
+        raise AttributeError(f"no kernel is named {name!r}")
+    return _LAUNCHERS[algorithm](f"all_reduce{operator}")

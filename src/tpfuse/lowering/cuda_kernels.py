@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from tpfuse.ir import fused, shard
 from tpfuse.ir.norm import Rounding
-from tpfuse.ir.op import Args, Op
-from tpfuse.lowering.triton_kernels import collective_supports
+from tpfuse.ir.op import Args
+from tpfuse.lowering.triton_kernels import PREPARE, collective_supports
 from tpfuse.report import Decline
 from tpfuse.target import Target
-
-PREPARE = "tpfuse.runtime.workspaces:prepare"
 
 
 def sharded_supports(args: Args, target: Target) -> Decline | None:
@@ -23,21 +21,7 @@ def sharded_supports(args: Args, target: Target) -> Decline | None:
     return None
 
 
-def _sharded(op: Op) -> None:
-    op.kernel("cuda", f"tpfuse.kernels.cuda_sharded:{op.name}", sharded_supports, "sharded", PREPARE)
-
-
-for _op in (
-    fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
-    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.all_reduce_rms_norm_add_rms_norm_quantize,
-):  # fmt: skip
+for _op in fused.ALL_REDUCES:
     _op.kernel("cuda", f"tpfuse.kernels.cuda_norm:{_op.name}", collective_supports, "one_shot", PREPARE, on_request=True)
-for _op in (
-    shard.reduce_scatter_rms_norm, shard.reduce_scatter_add_rms_norm, shard.reduce_scatter_rms_norm_add_rms_norm,
-    shard.reduce_scatter_rms_norm_quantize, shard.reduce_scatter_add_rms_norm_quantize,
-    shard.reduce_scatter_rms_norm_add_rms_norm_quantize, shard.reduce_scatter_rms_norm_add_rms_norm_quantize_all_gather,
-    shard.reduce_scatter_rms_norm_all_gather, shard.reduce_scatter_add_rms_norm_all_gather,
-    shard.reduce_scatter_rms_norm_add_rms_norm_all_gather, shard.reduce_scatter_rms_norm_quantize_all_gather,
-    shard.reduce_scatter_add_rms_norm_quantize_all_gather,
-):  # fmt: skip
-    _sharded(_op)
+for _op in (*shard.SCATTERED, *shard.GATHERED):
+    _op.kernel("cuda", f"tpfuse.kernels.cuda_sharded:{_op.name}", sharded_supports, "sharded", PREPARE)

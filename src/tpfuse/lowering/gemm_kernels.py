@@ -20,11 +20,10 @@ from tpfuse.ir.matmul import dtype_name
 from tpfuse.ir.op import Args, Op
 from tpfuse.lowering.cuda_kernels import sharded_supports
 from tpfuse.lowering.product_kernels import multipliable
-from tpfuse.lowering.triton_kernels import DTYPES, MAX_HIDDEN, ranks_support
+from tpfuse.lowering.triton_kernels import DTYPES, MAX_HIDDEN, PREPARE, ranks_support
 from tpfuse.report import Decline
 from tpfuse.target import Target
 
-CHANNEL = "tpfuse.runtime.workspaces:prepare"
 SCATTER = "tpfuse.runtime.workspaces:prepare_scatter"
 GATHER = "tpfuse.runtime.workspaces:prepare_gather"
 LISTS = {
@@ -83,7 +82,7 @@ def multiplied(args: Args, target: Target) -> Decline | None:
 
 
 def _scatter(op: Op, supports: Any) -> None:
-    for algorithm, prepare in (("plain", CHANNEL), ("chunked", SCATTER)):
+    for algorithm, prepare in (("plain", PREPARE), ("chunked", SCATTER)):
         launch = f"tpfuse.kernels.product_scatter:{algorithm}_{op.name}"
         op.kernel("cuda", launch, supports, algorithm, prepare, on_request=True)
 

@@ -7,7 +7,6 @@ the message's size and is what lowering picks where nothing was measured.  So ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from tpfuse.formats import Scheme
 from tpfuse.ir import fused
 from tpfuse.ir.attention import attention_quantize
 from tpfuse.ir.norm import Rounding
-from tpfuse.ir.op import Args, Op
+from tpfuse.ir.op import Args
 from tpfuse.ir.rope import qk_norm_rope
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same
@@ -30,8 +29,7 @@ MAX_HEAD_DIM = 512  # of heads that are normalised
 HEAD_DIMS = (64, 96, 128, 192, 256)  # of attention
 MIN_QUERIES = 128  # a block's
 DTYPES = (torch.bfloat16, torch.float16)
-
-Supports = Callable[[Args, Target], Decline | None]
+PREPARE = "tpfuse.runtime.workspaces:prepare"
 
 
 def norm_supports(args: Args, target: Target) -> Decline | None:
@@ -144,24 +142,14 @@ def _one_scale(args: Any) -> Decline | None:
     return None
 
 
-def _collective(op: Op) -> None:
-    for module, algorithm in (("allreduce_norm", "one_shot"), ("two_shot", "two_shot"), ("by_size", "")):
-        launch = f"tpfuse.kernels.{module}:{op.name}"
-        op.kernel("triton", launch, collective_supports, algorithm, "tpfuse.runtime.workspaces:prepare")
-
-
-def _local(op: Op, supports: Supports) -> None:
-    op.kernel("triton", f"tpfuse.kernels.norm_quant:{op.name}", supports)
-
-
-for _op in (
-    fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_add_rms_norm,
-    fused.all_reduce_rms_norm_quantize, fused.all_reduce_add_rms_norm_quantize, fused.all_reduce_rms_norm_add_rms_norm_quantize,
+for _op in fused.ALL_REDUCES:
+    for _module, _algorithm in (("allreduce_norm", "one_shot"), ("two_shot", "two_shot"), ("by_size", "")):
+        _op.kernel("triton", f"tpfuse.kernels.{_module}:{_op.name}", collective_supports, _algorithm, PREPARE)
+for _op, _supports in (
+    (fused.rms_norm_quantize, norm_supports), (fused.add_rms_norm_quantize, norm_supports),
+    (fused.act_and_mul_quantize, act_supports),
 ):  # fmt: skip
-    _collective(_op)
-_local(fused.rms_norm_quantize, norm_supports)
-_local(fused.add_rms_norm_quantize, norm_supports)
-_local(fused.act_and_mul_quantize, act_supports)
+    _op.kernel("triton", f"tpfuse.kernels.norm_quant:{_op.name}", _supports)
 qk_norm_rope.kernel("triton", "tpfuse.kernels.rope:qk_norm_rope", rope_supports)
 for _algorithm in ("flash", "sdpa", ""):
     _launch = f"tpfuse.kernels.attention:{_algorithm or 'attention_quantize'}"
