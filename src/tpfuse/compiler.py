@@ -15,6 +15,7 @@ from torch import fx
 
 from tpfuse import shim
 from tpfuse.config import Config
+from tpfuse.ir import declared, find
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
 from tpfuse.report import Decline, Event, Report
@@ -104,6 +105,7 @@ def compile_graph(
         _share(report, [Event("declined", "graph", reason=Decline("training", "gradients are on: plain Inductor"))])
         return shim.compile_fx_inner(gm, inputs, **kwargs)
     kept = drop_opaque_inputs(gm, kwargs)
+    check_calls(gm.graph)
     _share(report, raise_graph(gm.graph))
     verify(gm.graph, "raise")
     dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel, follow=True)
@@ -117,6 +119,13 @@ def compile_graph(
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def check_calls(graph: fx.Graph) -> None:
+    """ValueError where an operator that the model calls by hand has arguments that are not as declared."""
+    for node in graph.nodes:
+        if op := find(node.target):
+            declared.check(op, fx.node.map_arg(op.bind(node.args, node.kwargs), lambda n: n.meta["val"]))
 
 
 def _share(report: Report, events: Sequence[Event]) -> None:

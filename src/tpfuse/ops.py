@@ -5,9 +5,10 @@ torch.compile the call becomes one operator of the graph, which tpfuse's backend
 that was measured to be fastest is launched at once, and `kernels=` asks for another back end's, a name of
 `tpfuse.config.KERNEL_PREFERENCES`.  On GPUs a collective's group needs `tpfuse.prepare` before.
 
-Rows and weights are bf16, fp16, FP32 or FP64 where a text names no dtype; kernels serve bf16 and fp16.  Raises TypeError for
-arguments that the operator has not or lacks, ValueError for a scheme, layout, rounding or back end that there is not, FusionError
-where no kernel serves the arguments here, with each one's reason.
+Rows and weights are bf16, fp16, FP32 or FP64 where a text names no dtype; kernels serve bf16 and fp16.  Errors come
+before anything is launched: TypeError for arguments that the operator has not or lacks or that are of another type, ValueError
+for a shape, dtype or device that is not as the operator's text declares it, and for a scheme, layout, rounding or back end that
+there is not, FusionError where no kernel serves the arguments here, with each one's reason.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tpfuse import ir
+from tpfuse import ir, shim
 from tpfuse.config import KERNEL_PREFERENCES, known
+from tpfuse.ir import declared
 from tpfuse.ir.op import Op
 from tpfuse.lowering.select import Pick, pick
 from tpfuse.report import Decline, FusionError
@@ -75,6 +77,14 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return op.default(*bound.values())
     known("kernels preference", kernels, KERNEL_PREFERENCES)
+    if reason := declared.wrong_kind(op, bound):
+        raise TypeError(f"{op.name}: {reason}")
+    if op.collective:
+        try:
+            shim.resolve_group(bound["group"])
+        except RuntimeError:
+            raise ValueError(f"{op.name}: no process group is named {bound['group']!r}; pass the ProcessGroup itself") from None
+    declared.check(op, bound)
     device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
     target, table = detect(device, bound.get("group")), table_of_group(device, bound.get("group"))
     if kernels == "auto":  # `tpfuse.prepare` made nothing for other libraries' kernels
@@ -108,12 +118,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
 
 def document(op: Op) -> str:
     """An operator's text, what of the arguments it leaves to all operators' common ones, and the texts that it refers to."""
-    texts = {op.name: op.doc}
-    for text in (queue := [op.doc]):
-        for name in re.findall(r"`(\w+)`", text):
-            if name in ir.registry and name not in texts:
-                texts[name] = ir.registry[name].doc
-                queue.append(texts[name])
+    texts = declared.texts(op, ir.registry)
     told = "\n".join(texts.values())
     common = [f"{n}: {ARGUMENTS[n]}." for n in op.params if n in ARGUMENTS and not re.search(rf"\b{n}\b[^.\n]*:", told)]
     others = [f"{name}: {text}" for name, text in texts.items() if name != op.name]

@@ -1,7 +1,7 @@
 """Quantised number formats and the layouts of their scales: exact, in plain torch, on any device."""
 
 from .buffers import cut_rows, quantize_into, scheme_of
-from .codec import dequantize, quantize, quantize_fake
+from .codec import checked, dequantize, quantize, quantize_fake
 from .layouts import (
     Layout,
     apply_layout,
@@ -20,6 +20,7 @@ __all__ = [
     "Layout",
     "Scheme",
     "apply_layout",
+    "checked",
     "concatenates",
     "cut_rows",
     "default_layout",

@@ -29,7 +29,7 @@ def quantize(
         ValueError: a scale missing or not wanted, a layout the scheme cannot have, nvfp4 with cols % 16 != 0.
         A group that does not divide cols is no error: the last group is as wide as what is left.
     """
-    scheme, layout = _checked(scale, scheme, layout)
+    scheme, layout = checked(scale, scheme, layout)
     return (quantize_fp8 if scheme.is_fp8 else quantize_nvfp4)(x, scale, scheme, layout)
 
 
@@ -42,7 +42,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The values that `quantize` wrote as (q, scales), [..., cols], formed in FP32, then cast to `dtype`."""
-    scheme, layout = _checked(scale, scheme, layout)
+    scheme, layout = checked(scale, scheme, layout)
     return (dequantize_fp8 if scheme.is_fp8 else dequantize_nvfp4)(q, scales, scale, scheme, layout, dtype)
 
 
@@ -60,7 +60,8 @@ def quantize_fake(x: Tensor, scheme: str | Scheme, layout: str | Layout = "row")
     return x.new_empty((*leading, cols // 2), dtype=torch.uint8), scales
 
 
-def _checked(scale: Tensor | None, scheme: str | Scheme, layout: str | Layout) -> tuple[Scheme, Layout]:
+def checked(scale: Tensor | None, scheme: str | Scheme, layout: str | Layout) -> tuple[Scheme, Layout]:
+    """The scheme and the layout, parsed.  ValueError as `quantize` raises it."""
     scheme, layout = Scheme.parse(scheme), Layout.parse(layout)
     check_layout(scheme, layout)
     if scheme.is_dynamic and scale is not None:

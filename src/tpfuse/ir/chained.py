@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor  # noqa: F401  named by the annotations of the bodies below
 
+from tpfuse.ir import declared
 from tpfuse.ir.op import Args, Message, Op, registry
 
 
@@ -23,7 +25,7 @@ class Chained(Op):
         self, name: str, first: Op, then: Op, renamed: Mapping[str, str], sample: Callable[..., Any], doc: str, fuse: str,
         message: Callable[[Args], Message],
     ) -> None:  # fmt: skip
-        self.first, self.then = first, then
+        self.first, self.then, self.renamed = first, then, renamed
         self.through = frozenset({str(then.fuse)})
 
         def body(*args: Any) -> Any:
@@ -42,6 +44,10 @@ class Chained(Op):
             guard=lambda args: then.guard(self.after(args)), opaque=lambda args: False, message=message,
         )  # fmt: skip
         registry[name] = self
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, declared.Shape]:
+        return declared.chained(self.first, self.then, self.renamed)
 
     def halves(self, args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         """Arguments by position: those of `first`, and those of `then` behind its first."""

@@ -61,7 +61,7 @@ def all_reduce(x: Tensor, group: str) -> Tensor:
 def reduce_scatter(x: Tensor, group: str, padded: bool = False) -> Tensor:
     """Sum over the ranks, rank r keeping its r-th share of the rows.
 
-    x: [rows, ...], rows a multiple of the world size → [rows / world, ...].
+    x: [rows, ...], any dtype, rows a multiple of the world size → [rows / world, ...].
     padded: any number of rows → [⌈rows / world⌉, ...]; what lies behind the last row is zero.
     """
     return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(_fill(x, group) if padded else x, "sum", world_size(group), group))
@@ -72,7 +72,10 @@ def reduce_scatter(x: Tensor, group: str, padded: bool = False) -> Tensor:
     opaque=lambda args: args["rows"] is not None,
 )  # fmt: skip
 def all_gather(x: Tensor, group: str, rows: int | None = None) -> Tensor:
-    """Rows of all ranks, rank 0's first.  x: [own rows, ...] → [own rows · world, ...], or only the first `rows` of them."""
+    """Rows of all ranks, rank 0's first.
+
+    x: [own rows, ...], any dtype → [own rows · world, ...], or only the first `rows` of them.
+    """
     if x.dtype.itemsize == 1 and x.dtype.is_floating_point:  # not every back end moves FP8
         return all_gather(x.view(torch.uint8), group, rows).view(x.dtype)
     out = _c10d.wait_tensor(_c10d.all_gather_into_tensor(x, world_size(group), group))
@@ -83,7 +86,7 @@ def all_gather(x: Tensor, group: str, rows: int | None = None) -> Tensor:
 def shard_rows(x: Tensor, group: str) -> Tensor:
     """Own rows of a tensor that is the same on every rank, as `reduce_scatter(padded=True)` shares them out; no communication.
 
-    x: [rows, ...] → [⌈rows / world⌉, ...]; what lies behind the last row is zero.
+    x: [rows, ...], any dtype → [⌈rows / world⌉, ...]; what lies behind the last row is zero.
     """
     own = share(x.shape[0], group)
     start = shim.resolve_group(group).rank() * own
@@ -116,9 +119,9 @@ def all_gather_quantized(
 ) -> tuple[Tensor, Tensor]:
     """Quantised rows of all ranks with their scales, as one `quantize` of all rows would return them.
 
-    q: [own rows, width].  scales: those of the own rows, as `quantize` returns them → (q, scales) of own rows · world, or of
-    the first `rows` of them.  Row-major scales are gathered as they lie; for other layouts a rank's scales are no
-    block of the whole's, and are taken apart before and put together after.
+    q: [own rows, width], e4m3 or packed FP4.  scales: those of the own rows, as `quantize` returns them → (q, scales) of own
+    rows · world, or of the first `rows` of them.  Row-major scales are gathered as they lie; for other layouts a rank's scales
+    are no block of the whole's, and are taken apart before and put together after.
     """
     out = all_gather(q, group, rows)
     kind = formats.Scheme.parse(scheme)

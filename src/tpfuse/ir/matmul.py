@@ -92,8 +92,8 @@ def scaled_matmul(
 ) -> Tensor:  # fmt: skip
     """(dequantised x @ dequantised weight) · alpha (+ bias), summed in FP32 → [tokens, n] of `out_dtype`.
 
-    x: [tokens, k], e4m3; for "nvfp4" uint8 [tokens, k / 2].  weight: [k, n] (nvfp4: [k / 2, n]), usually the transposed
-    view of [n, k].  Scales multiply.  By scheme, x_scale and weight_scale:
+    x: [tokens, k], e4m3; for "nvfp4" uint8 [tokens, k / 2].  weight: [k, n], e4m3 (nvfp4: uint8 [k / 2, n]), usually the
+    transposed view of [n, k].  Scales multiply.  By scheme, x_scale and weight_scale:
     "fp8_tensor": one FP32 number each.  "fp8_token": [tokens, 1] and [1, n].
     "fp8_group128", "fp8_group64" (G columns): the activation's in `layout`, [tokens, ⌈k/G⌉]; the weight's by rows,
     [⌈k/G⌉, n] (1×G groups) or [⌈k/G⌉, ⌈n/G⌉] (G×G blocks).

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.fx.proxy import GraphAppendingTracer
 
 from tpfuse import shim
-from tpfuse.ir import check
+from tpfuse.ir import check, declared
 from tpfuse.report import Decline
 from tpfuse.shim import OpOverload
 from tpfuse.target import Target
@@ -180,6 +180,11 @@ class Op:
             return self.reference(*values)
         finally:
             _shapes_only.reset(token)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, declared.Shape]:
+        """What the text declares, by argument."""
+        return declared.shapes(self, registry)
 
     def traced(self, through: frozenset[str] = frozenset()) -> fx.Graph:
         """The body with every argument a proxy: a graph of smaller operators.  Those of the passes in `through` leave what they

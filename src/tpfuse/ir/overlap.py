@@ -88,7 +88,7 @@ def all_gather_matmul(
 ) -> list[Tensor]:  # fmt: skip
     """The rows of all ranks times each weight.
 
-    x: own rows, [own rows, k].  weights: [k, n_i].  biases: [n_i] or None, one for each weight.  rows: see `all_gather`.
+    x: [own rows, k].  weights: [k, n_i].  biases: [n_i] or None, one for each weight.  rows: see `all_gather`.
     keep: the gathered rows are wanted too.  → [rows, n_i] for each weight, then, where kept, [rows, k].
     """
     gathered = all_gather(x, group, rows)
@@ -105,9 +105,9 @@ def all_gather_scaled_matmul(
 ) -> list[Tensor]:  # fmt: skip
     """The quantised rows of all ranks, with their scales by `layout`, times each quantised weight (see `scaled_matmul`).
 
-    x: own rows.  x_scale: of the own rows; one number for "fp8_tensor", the same on every rank and not gathered.
-    weights, weight_scales, biases, result_scales, alphas: an entry for each weight.  keep: the gathered rows and scales are
-    wanted too (for "fp8_tensor" the rows alone).
+    x: [own rows, k], e4m3 or packed FP4.  x_scale: of the own rows; one number for "fp8_tensor", the same on every rank and not
+    gathered.  weights: [k, n_i], e4m3 or packed FP4.  biases: [n_i] or None.  weight_scales, biases, result_scales, alphas: an
+    entry for each weight.  keep: the gathered rows and scales are wanted too (for "fp8_tensor" the rows alone).
     → [rows, n_i] of `out_dtype` for each weight, then what is kept.
     """
     if scheme == "fp8_tensor":

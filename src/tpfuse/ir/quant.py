@@ -32,7 +32,7 @@ def _fake(x: Tensor, scale: Tensor | None, scheme: str, layout: str) -> tuple[Te
 def quantize(x: Tensor, scale: Tensor | None, scheme: str = "fp8_tensor", layout: str = "row") -> tuple[Tensor, Tensor]:
     """Quantise the rows of x.
 
-    x: [..., hidden].  scale: FP32 scalar tensor for "fp8_tensor" (q = x / scale) and "nvfp4" (its global scale), else None.
+    x: [..., hidden].  scale: one FP32 number for "fp8_tensor" (q = x / scale) and "nvfp4" (its global scale), else None.
     scheme, layout: see `tpfuse.formats`.  → (q, scales); scales is empty for "fp8_tensor".
     """
     return formats.quantize(x, scale, scheme, layout)

@@ -91,7 +91,7 @@ def _sample(*, tokens: int, hidden: int, style: str = "half", **shape: Any) -> d
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, style: str = "half") -> tuple[Tensor, Tensor]:
     """Turn each pair (a, b) of a head's first `rotary` elements by its token's angle: (a·cos − b·sin, b·cos + a·sin).
 
-    q, k: [..., tokens, heads, head_dim], each with its own number of heads.  cos, sin: [..., tokens, rotary] or, by `style`,
+    q: [..., tokens, heads, head_dim].  k: [..., tokens, kv_heads, head_dim].  cos, sin: [..., tokens, rotary] or, by `style`,
     [..., tokens, rotary / 2] (see `Style`); rotary ≤ head_dim, the rest of a head is handed on.  Products are formed in the
     wider dtype of x and cos → (q, k) turned, shapes and dtypes as before.
     """
@@ -125,7 +125,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`rms_norm` of each head of q and of k, then `rotary` (Qwen3, Gemma3).
 
-    q, k: [..., tokens, heads, head_dim].  q_weight, k_weight: [head_dim] or None.  cos, sin: see `rotary` → (q, k).
+    q: [..., tokens, heads, head_dim].  k: [..., tokens, kv_heads, head_dim].  q_weight, k_weight: [head_dim] or None.
+    cos, sin: see `rotary` → (q, k).
     """
     normed_q = rms_norm(q, q_weight, eps, weight_bias, rounding)
     normed_k = rms_norm(k, k_weight, eps, weight_bias, rounding)
