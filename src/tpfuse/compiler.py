@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -18,7 +19,7 @@ from tpfuse.config import Config
 from tpfuse.ir import declared, find
 from tpfuse.ir.verify import verify
 from tpfuse.raising import raise_graph
-from tpfuse.report import Decline, Event, Report
+from tpfuse.report import Decline, Event, FusionError, Report
 from tpfuse.rewrite.listing import listing
 from tpfuse.runtime.dispatch import Dispatcher
 from tpfuse.runtime.key import cache_key
@@ -149,7 +150,7 @@ def drop_opaque_inputs(gm: fx.GraphModule, kwargs: dict[str, Any]) -> list[int]:
 
 
 def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None = None, **kwargs: Any) -> CompiledModel:
-    """torch.compile with tpfuse's backend → a callable with `.report`.
+    """torch.compile with tpfuse's backend → the model, compiled, with a `.report`.  See `CompiledModel`.
 
     model: a module or function.  config: a `Config` or a mapping of its fields, over the environment's.  kwargs: those of
     torch.compile (`dynamic`, `fullgraph`, `mode`, `options` of Inductor).
@@ -162,20 +163,64 @@ def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None
 
 
 class CompiledModel:
-    """A compiled model; `report` holds what happened in it, over all graphs and ranges."""
+    """A compiled module or function; `report` holds what happened in it, over all graphs and ranges.
+
+    All other attributes are the model's own (`config`, `device`, `parameters()`), to read and to set.  A method of a module that
+    calls the module (`generate`) runs it compiled, and one that gives the module back (`eval()`, `to()`) gives this object.  It
+    is no nn.Module; `module.compile(backend="tpfuse")` compiles in place what is to be part of another module.
+    """
+
+    report: Report
+    _model: Any
+    _call: Callable[..., Any]
 
     def __init__(self, model: Callable[..., Any], config: Config, kwargs: dict[str, Any]) -> None:
-        self.report = Report()
-        self.config = config
+        report = Report()
         own, patches = _split(kwargs.pop("options", None) or {}, kwargs.pop("mode", None))
         if own:
             raise ValueError(f"{', '.join(own)}: fields of tpfuse.Config, to be given as config and not among Inductor's options")
-        _last[:] = [self.report]
-        bound = functools.partial(_compile, config=config, patches=patches, report=self.report, fuel=Fuel(config.fuel))
-        self._call = torch.compile(model, backend=bound, **kwargs)
+        _last[:] = [report]
+        bound = functools.partial(_compile, config=config, patches=patches, report=report, fuel=Fuel(config.fuel))
+        bound.__name__ = "tpfuse"  # type: ignore[attr-defined]  torch names it in its errors
+        vars(self).update(report=report, _model=model, _call=torch.compile(shim.call_of(model), backend=bound, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except shim.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, FusionError | ValueError):
+                raise error.inner_exception from None
+            raise
+
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self.__call__
+
+    def __getattr__(self, name: str) -> Any:
+        model = vars(self).get("_model")
+        if model is None:  # half made, as a copy is
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        value = getattr(model, name)
+        if not (isinstance(model, torch.nn.Module) and inspect.ismethod(value) and value.__self__ is model):
+            return value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            with shim.calling(model, self.__call__):
+                found = value(*args, **kwargs)
+            return self if found is model else found
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self._model)})
+
+    def __repr__(self) -> str:
+        return f"tpfuse.compile({self._model!r})"
 
 
 def _split(options: Mapping[str, Any], mode: str | None) -> tuple[dict[str, Any], dict[str, Any]]:

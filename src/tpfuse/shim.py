@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator, OpOverload
@@ -18,11 +20,27 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = [
-    "CustomGraphPass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "ShapeEnv", "detect_fake_mode",
-    "enable_python_dispatcher",
+    "BackendCompilerFailed", "CustomGraphPass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "ShapeEnv",
+    "detect_fake_mode", "enable_python_dispatcher",
 ]  # fmt: skip
 
 CPU_ROW_SCALES = torch.__version__ >= torch.torch_version.TorchVersion("2.12")  # aten._scaled_mm on CPU takes a scale per row
+
+
+def call_of(model: Any) -> Any:
+    """What `nn.Module.compile` compiles of a module, its hooks within; a function as it is."""
+    return model._call_impl if isinstance(model, torch.nn.Module) else model
+
+
+@contextlib.contextmanager
+def calling(module: torch.nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Inside, calling the module is `call`, as it is after `nn.Module.compile`."""
+    before = module._compiled_call_impl
+    module._compiled_call_impl = call  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = before
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
