@@ -27,8 +27,19 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("tpfuse")
+    except PackageNotFoundError:
+        return "unknown: run from its source, not installed"
+
+
 def __getattr__(name: str) -> Any:
     """Public names are loaded when first asked for: importing tpfuse does no work."""
+    if name == "__version__":
+        return _version()
     if name == "ops":
         return importlib.import_module("tpfuse.ops")
     if name not in _HOMES:

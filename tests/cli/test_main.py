@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+import tpfuse
 from tpfuse.cli import doctor, inputs
 
 
@@ -91,6 +92,11 @@ def test_a_locale_without_all_characters():
 def test_what_is_written_to_a_full_disk(llama, cli):
     status, _, errors = cli("explain", llama, "--tp", 2, "--json", "/dev/full")
     assert status == 1 and "No space left on device" in errors
+
+
+def test_the_version(cli):
+    status, out, _ = cli("--version")
+    assert status == 0 and out == f"tpfuse {tpfuse.__version__}\n" and tpfuse.__version__[0].isdigit()
 
 
 def test_doctor_as_json(cli):

@@ -72,11 +72,24 @@ def test_the_table_is_written_where_lowering_looks(cli, monkeypatch, tmp_path):
     assert table.entries == (entry(4096, TWO),) and table.stale(MACHINE, VERSIONS) is None
     assert table.digest in out and "a note" in out and TWO in out
 
-    table_path("another").write_text("{}")
-    for options in ((), ("--out", __file__)):  # found before anything is measured
-        asked.clear()
-        status, _, errors = cli("tune", "--tp", 2, *options)
-        assert status == 1 and "is no table of measurements" in errors and not asked
+    asked.clear()  # found before anything is measured
+    status, _, errors = cli("tune", "--tp", 2, "--out", __file__)
+    assert status == 1 and "is no table of measurements" in errors and not asked
+
+
+@pytest.mark.parametrize("damaged", ["another", MACHINE])
+def test_a_damaged_table_is_named_and_passed_over(cli, monkeypatch, tmp_path, damaged):
+    monkeypatch.setenv("TPFUSE_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    found = {"rows": rows(4096, 1, 8), "machine": MACHINE, "versions": VERSIONS, "notes": []}
+    monkeypatch.setattr("tpfuse.cli.bench.launch", lambda *_, **__: [found] * 2)
+    table_path(damaged).parent.mkdir(parents=True)
+    table_path(damaged).write_text("{}")
+    status, out, errors = cli("tune", "--tp", 2, "--tokens", "8,1", "--hidden", 4096, "--scheme", "none")
+    assert status == 0, errors
+    assert f"warning: {table_path(damaged)} is no table of measurements" in out
+    assert Table.load(table_path(MACHINE)).entries == (entry(4096, TWO),)
+    assert table_path("another").exists() is (damaged == "another")
 
 
 def test_products_are_measured_where_sizes_of_layers_are_given(cli, monkeypatch, tmp_path):

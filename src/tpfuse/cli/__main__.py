@@ -12,12 +12,29 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import tpfuse
+
 app = typer.Typer(
     help="Graph fusions for tensor-parallel LLM inference under torch.compile.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"tpfuse {tpfuse.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass  # the application's help is the text given above
 
 
 class Device(enum.StrEnum):

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
-from tpfuse.cli import plots
+from tpfuse.cli import fit, plots
 from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress, launch
 from tpfuse.lowering.table import Table
@@ -146,7 +146,7 @@ def show(console: Console, document: dict[str, Any]) -> None:
                 f"{base / row['us']:.2f}×" if base else "", f"{limit:.1f}" if limit else "",
                 f"{limit / row['us']:.0%}" if limit else "", end_section=i == len(rows) - 1,
             )  # fmt: skip
-    console.print(table, highlight=False)
+    fit.show(console, table)
     if document["rows"] and all(row["impl"] != baseline for row in document["rows"]):
         known = ", ".join(dict.fromkeys(row["impl"] for row in document["rows"]))
         console.print(f"--baseline {baseline}: none such was measured (but {known})", highlight=False)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as Grid
 
-from tpfuse.cli import plots
+from tpfuse.cli import fit, plots
 from tpfuse.cli.bench import need_gpus, points_of, run_ranks
 from tpfuse.cli.inputs import BadInput, read_table, writable
 from tpfuse.cli.launch import Place, Progress
@@ -193,7 +193,7 @@ def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
                 f"{shares[row['impl']]:.0%}" if row["impl"] in shares else "", end_section=i == len(point) - 1,
             )  # fmt: skip
     if rows:
-        console.print(table, highlight=False)
+        fit.show(console, table)
 
 
 def show_served(console: Console, rows: Sequence[dict[str, Any]]) -> None:
@@ -207,4 +207,4 @@ def show_served(console: Console, rows: Sequence[dict[str, Any]]) -> None:
         times = (f"{row[metric] / 1e3:.2f}" for metric in (TTFT, TPOT))
         table.add_row(load if first else "", row["impl"], *times, f"{row['tokens_per_s']:.0f}")
     if rows:
-        console.print(table, highlight=False)
+        fit.show(console, table)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from tpfuse.cli import plots
+from tpfuse.cli import fit, plots
 from tpfuse.cli.bench import line, need_gpus, run_ranks
 from tpfuse.cli.inputs import BadInput, writable
 from tpfuse.cli.launch import Place, Progress
@@ -127,7 +127,7 @@ def show(console: Console, document: dict[str, Any]) -> None:
                 f"{peer / row['us']:.2f}×" if peer and row["impl"].startswith("tpfuse") else "",
                 f"{row['us'] / row['limit_us']:.2f}", end_section=i == len(rows) - 1,
             )  # fmt: skip
-    console.print(table, highlight=False)
+    fit.show(console, table)
     for note in document["notes"]:
         console.print(note, highlight=False)
 

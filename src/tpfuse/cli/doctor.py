@@ -16,6 +16,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from tpfuse.cli import fit
 from tpfuse.cli.inputs import HF, version
 from tpfuse.config import table_path
 from tpfuse.lowering.table import Table as Measured
@@ -47,11 +48,11 @@ def show(console: Console, facts: list[Fact]) -> None:
     area = ""
     for fact in facts:
         if fact.area != area:
-            table.add_row(f"[bold]{fact.area}[/bold]", "", "")
+            table.add_row(f"[bold]{fact.area}[/bold]", "")
             area = fact.area
         mark = {None: "", True: "[green]yes[/green] ", False: "[red]no[/red]  "}[fact.usable]
         table.add_row(f"  {fact.name}", f"{mark}{fact.detail}")
-    console.print(table, highlight=False)
+    fit.show(console, table)
 
 
 def as_json(facts: list[Fact]) -> list[dict[str, Any]]:

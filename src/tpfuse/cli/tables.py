@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tpfuse.cli import fit
 from tpfuse.cli.generate import SINGLE, Outcome
 from tpfuse.report import numberless
 
@@ -20,20 +21,20 @@ def show_outcome(console: Console, out: Outcome, prompt: str) -> None:
     """The text, the times, the errors, the sites."""
     first = next(iter(out.runs.values()))
     console.print(f"\n[bold]{_escape(prompt)}[/bold]{_escape(first.text)}\n", highlight=False)
-    console.print(times(out))
+    fit.show(console, times(out))
     if out.errors:
-        console.print(errors(out))
+        fit.show(console, errors(out))
     if out.report:
         show_report(console, out.report)
 
 
 def show_report(console: Console, report: Mapping[str, Any]) -> None:
     """A report, in the form of its JSON: the sites, the operators of every graph, what was verified."""
-    console.print(sites(report["events"]))
+    fit.show(console, sites(report["events"]))
     for row in report["ranges"]:
         console.print(f"graph {row['graph']}, tokens {tokens(row['range'])}: {_counts(row['ops'])}", highlight=False)
     if report["verified"]:
-        console.print(verified(report["verified"]))
+        fit.show(console, verified(report["verified"]))
 
 
 def times(out: Outcome) -> Table:
@@ -61,7 +62,7 @@ def sites(events: Iterable[Mapping[str, Any]]) -> Table:
     """Every site: those that differ in nothing but the layer number share a row."""
     table = Table(title="Sites", title_justify="left")
     for name in ("Status", "Rule or operator", "Site", "Tokens", "Kernel", "Reason"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name)
     table.add_column("Sites", justify="right")
     for (status, *rest), count in site_rows(events).items():
         style = STYLES.get(status, "")

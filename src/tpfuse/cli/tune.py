@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from tpfuse.cli import fit
 from tpfuse.cli.bench import line, need_gpus, run_ranks
 from tpfuse.cli.bench_gemm import grid as layer_grid
 from tpfuse.cli.bench_gemm import room
@@ -55,9 +56,10 @@ def run(
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
     place = need_gpus(world)
     writable(out or table_path("machine"), samples)
-    for earlier in [out] if out else table_path("machine").parent.glob("*.json"):
-        if earlier.exists():
-            read_table(earlier)  # found damaged, or something else, before an hour of measuring
+    if out and out.exists():
+        read_table(out)  # found damaged, or something else, before an hour of measuring
+    for path in () if out else sorted(table_path("machine").parent.glob("*.json")):
+        earlier(path, console)  # told before an hour of measuring: it may be this machine's, which only the ranks know
     points = [p for residual in residuals for p in grid(schemes, hidden, sorted(set(tokens)), dtype, residual)]
     sharded = [ShardedPoint(p.scheme, p.hidden, p.tokens, dtype) for p in points if p.residual and p.tokens % world == 0]
     products = products_of(schemes, hidden, intermediate, product_tokens, world, dtype)
@@ -70,7 +72,7 @@ def run(
     if place is not None and place.rank:
         return
     out = out or table_path(found["machine"])
-    table = merged(read_table(out) if out.exists() else None, found["machine"], found["versions"], found["rows"])
+    table = merged(earlier(out, console), found["machine"], found["versions"], found["rows"])
     table.save(out)
     if samples:
         results.write(samples, results.document("tune", found["rows"], world=world, table=table.digest, notes=found["notes"]))
@@ -78,6 +80,15 @@ def run(
     for note in found["notes"]:
         console.print(note, highlight=False)
     console.print(f"wrote {out}, table {table.digest}", highlight=False)
+
+
+def earlier(path: Path, console: Console) -> Table | None:
+    """A table of an earlier run; None where there is none, or, with a warning, where it is damaged."""
+    try:
+        return read_table(path) if path.exists() else None
+    except BadInput as error:
+        console.print(f"warning: {error}; nothing is taken from it", style="yellow", highlight=False, soft_wrap=True)
+        return None
 
 
 def products_of(
@@ -166,9 +177,9 @@ def show(console: Console, table: Table) -> None:
     """The choices, by size."""
     grid = Grid(title=f"{table.machine}: what is fastest", title_justify="left")
     for name in ("Operator", "Scheme", "Dtype", "Ranks", "Hidden", "Across", "Choices, by bytes of the rows"):
-        grid.add_column(name, overflow="fold")
+        grid.add_column(name)
     for entry in table.entries:
         steps = ", ".join(f"{choice} up to {end}" if end else choice for end, choice in entry.steps)
         sizes = (str(entry.hidden or "any"), str(entry.across or ""))
         grid.add_row(entry.op, entry.scheme, entry.dtype, str(entry.world), *sizes, steps)
-    console.print(grid, highlight=False)
+    fit.show(console, grid)

@@ -64,8 +64,10 @@ class Ranks:
         return [{"op": "empty_kernel", **where, "impl": "empty_kernel", **summary(samples), "samples": samples}]
 
     def leave(self) -> None:
+        """When all ranks have come here, close the groups."""
         torch.cuda.synchronize()
         dist.barrier(group=self.host)
+        dist.destroy_process_group()
 
 
 def _import_error() -> str:
