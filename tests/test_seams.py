@@ -164,6 +164,7 @@ def test_inductor_pass():
     """Seam 2: plain Inductor with tpfuse in its slot, the earlier pass run after it."""
     model, recorder = Stack(HIDDEN, layers=1), Recorder()
     own = tpfuse.inductor_pass({}, then=recorder)
+    assert "Inductor's cache may hold it" in str(own.report) and tpfuse.last_report() is own.report
     settings = {"post_grad_custom_pre_pass": own, "fx_graph_cache": False}
     with torch._inductor.config.patch(settings), torch._functorch.config.patch(enable_autograd_cache=False):
         compiled = torch.compile(model, fullgraph=True)

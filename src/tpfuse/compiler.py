@@ -307,12 +307,16 @@ def _weights_off_meta(model: Any) -> Iterator[None]:
 class InductorPass(CustomGraphPass):
     """Seam 2: tpfuse as a post-grad pass in an engine's own Inductor slot, before Inductor's patterns.
 
-    On an FX cache hit no pass runs: the report is then empty, and ranks agree through the engine's own means.
+    On an FX cache hit no pass runs: the report is then empty and says so, and ranks agree through the engine's own means.
     """
 
     def __init__(self, config: Config, limits: Range | None, then: CustomGraphPass | None) -> None:
         self.config, self.limits, self.then = config, limits or Range(1, config.max_tokens or UNBOUNDED), then
-        self.report = Report()
+        self.report = Report(
+            "no graph has passed through this pass; Inductor's cache may hold it, fused as it was when it was compiled: "
+            "force_disable_caches=True compiles it anew"
+        )
+        _last[:] = [self.report]
 
     def __call__(self, graph: fx.Graph) -> None:
         _last[:] = [self.report]

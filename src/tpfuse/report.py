@@ -80,7 +80,9 @@ class RangeResult:
 class Report:
     """The fusion report of one process: filled at compile time of every graph and range, compile-cache hit or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, empty: str = "nothing compiled yet") -> None:
+        """empty: what is printed while there is nothing in it."""
+        self.empty = empty
         self.results: list[RangeResult] = []
         self.shared: list[Event] = []  # of no particular range: raising, training graphs
         self.verified: list[dict[str, Any]] = []  # filled by Config(verify=True), see `check`
@@ -149,7 +151,7 @@ class Report:
         if self.shared:
             lines.append("every range:")
             lines += [f"  {line}" for line in _grouped(self.shared)]
-        return "\n".join(lines) or "nothing compiled yet"
+        return "\n".join(lines) or self.empty
 
 
 def _event_json(event: Event) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,7 +65,8 @@ class Ranks:
         return [{"op": "empty_kernel", **where, "impl": "empty_kernel", **summary(samples), "samples": samples}]
 
     def leave(self) -> None:
-        """When all ranks have come here, close the groups."""
+        """Close the groups, once all ranks have come here.  The last call of a rank."""
+        gc.collect()  # captured graphs hold on to what NCCL is about to free
         torch.cuda.synchronize()
         dist.barrier(group=self.host)
         dist.destroy_process_group()
