@@ -182,7 +182,7 @@ class CompiledModel:
         _last[:] = [report]
         bound = functools.partial(_compile, config=config, patches=patches, report=report, fuel=Fuel(config.fuel))
         bound.__name__ = "tpfuse"  # type: ignore[attr-defined]  torch names it in its errors
-        vars(self).update(report=report, _model=model, _call=torch.compile(shim.call_of(model), backend=bound, **kwargs))
+        vars(self).update(report=report, _model=model, _call=torch.compile(model, backend=bound, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:

@@ -27,20 +27,28 @@ __all__ = [
 CPU_ROW_SCALES = torch.__version__ >= torch.torch_version.TorchVersion("2.12")  # aten._scaled_mm on CPU takes a scale per row
 
 
-def call_of(model: Any) -> Any:
-    """What `nn.Module.compile` compiles of a module, its hooks within; a function as it is."""
-    return model._call_impl if isinstance(model, torch.nn.Module) else model
-
-
 @contextlib.contextmanager
 def calling(module: torch.nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Inside, calling the module is `call`, as it is after `nn.Module.compile`."""
-    before = module._compiled_call_impl
-    module._compiled_call_impl = call  # type: ignore[assignment]
+    """Inside, calling the module is `call`, as after `nn.Module.compile`; inside `call` it is what it was."""
+    name = "_compiled_call_impl"
+    own = {name: vars(module)[name]} if name in vars(module) else {}
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            vars(module)[name] = instead
+
+    def restore() -> None:
+        vars(module).pop(name, None)
+        vars(module).update(own)
+
+    vars(module)[name] = instead
     try:
         yield
     finally:
-        module._compiled_call_impl = before
+        restore()
 
 
 def resolve_group(name: str) -> dist.ProcessGroup:
