@@ -192,7 +192,6 @@ class CompiledModel:
                 raise error.inner_exception from None
             raise
 
-
     @property
     def forward(self) -> Callable[..., Any]:
         return self.__call__
