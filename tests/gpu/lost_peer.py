@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 
 def main(rank: int, world: int, port: int, case: str, module: str) -> None:
-    from tpfuse.runtime.workspaces import prepare
+    from tpfuse.runtime.workspaces import prepare, release
 
     kernels = importlib.import_module(f"tpfuse.kernels.{module}")
 
@@ -37,6 +37,13 @@ def main(rank: int, world: int, port: int, case: str, module: str) -> None:
         assert call()[0, 0].item() == world + 1
     if case == "wide":
         call(8192)
+    if case == "released":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        release(group)
+        graph.replay()
+        torch.cuda.synchronize()
     if rank == world - 1:
         if case == "killed":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -93,10 +93,11 @@ CASES = {
     "absent": rf"waited 5.0 s for ranks [{WORLD - 1}]",
     "sizes": "the ranks disagree",
     "wide": "prepare the group with hidden=8192",
+    "released": "CUDA error",
 }
 
 
-ENDINGS = [(case, "allreduce_norm") for case in CASES] + [(case, "cuda_norm") for case in ("killed", "shapes", "wide")]
+ENDINGS = [(case, "allreduce_norm") for case in CASES] + [(case, "cuda_norm") for case in ("killed", "shapes", "wide", "released")]
 
 
 @pytest.mark.parametrize("case, module", ENDINGS)

@@ -22,6 +22,8 @@ from .signal import (
     read_record,
 )
 
+NOWHERE = 1 << 62  # an address that no GPU has, nor any that lies a buffer's size behind it
+
 
 @dataclass(frozen=True)
 class Link:
@@ -54,7 +56,7 @@ class Link:
     def disconnect(self) -> None:
         """Before the buffers are given back: what is captured and replayed without them faults instead of writing to memory
         that is somebody else's by then."""
-        self.table.zero_()
+        self.table.fill_(NOWHERE)
 
     def lost_peer(self) -> LostPeer | None:
         return read_record(self.record.tolist())

@@ -146,7 +146,7 @@ def release(group: Any) -> bool:
 
 def restore(group: Any) -> bool:
     """Allocate and exchange a group's released regions again; false where it has none.  With a table of its own where graphs hold
-    that of before, which stays empty."""
+    that of before, which leads nowhere."""
     process_group = shim.group_of(group)
     every = _of_group(process_group.group_name)
     for made in every:
