@@ -97,7 +97,8 @@ CASES = {
 }
 
 
-ENDINGS = [(case, "allreduce_norm") for case in CASES] + [(case, "cuda_norm") for case in ("killed", "shapes", "wide", "released")]
+ENDINGS = [(case, "allreduce_norm") for case in CASES]
+ENDINGS += [(case, "cuda_norm") for case in ("killed", "shapes", "wide", "released")]
 
 
 @pytest.mark.parametrize("case, module", ENDINGS)
