@@ -23,6 +23,8 @@ PIPELINE = "tests/dist/test_agreement.py::test_subgroups"
 SEAMS = "tests/test_seams.py"
 ONE_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[one_shot-2]"
 TWO_SHOT = "tests/kernels/test_allreduce_norm.py::test_every_scheme_and_size[two_shot-2]"
+ON_CPU = "tests/kernels/test_on_cpu.py"
+PRODUCTS = "tests/kernels/test_protocols.py::test_products_next_to_collectives"
 LAYER = "tests/measure/test_trace.py::test_nothing_is_left_between_products"
 ASYNC_TP = "tests/fusion/test_async_tp.py"
 NEAR = "tests/test_near_misses.py::test_reason"
@@ -127,6 +129,23 @@ MUTANTS = [
            "tl.store(ptr + s * stride + w, words[w], mask=active)", (ONE_SHOT, TWO_SHOT)),
     Mutant("kernel: an early read", "kernels/signal.py", "(missing > 0) & (polls < limit):", "(missing > 0) & (polls < 1):",
            (TWO_SHOT,)),
+    Mutant("kernel: a slot for all calls", "kernels/cuda/signals.cuh", "slot ^ 1", "slot", (f"{ON_CPU}::test_one_shot[8]",)),
+    Mutant("kernel: own part summed twice", "kernels/cuda/reduce.cu", "(p < RANK ? p : p + 1)", "p",
+           (f"{ON_CPU}::test_sum_of_partial_rows[3]",)),
+    Mutant("kernel: rows of another rank", "kernels/cuda/sharded.cu", "row = row_of(rank, index), origin",
+           "row = row_of(rank ^ 1, index), origin", (f"{ON_CPU}::test_sharded",)),
+    Mutant("memory freed under a copy", "kernels/product_scatter.py", "        every.append(made)\n", "",
+           ("tests/kernels/test_products.py::test_scatter[7-40-8]",)),
+    Mutant("sum before the copies", "kernels/product_scatter.py", "    main.wait_event(sent)\n", "",
+           (f"{PRODUCTS}[scatter-turns-3]",)),
+    Mutant("copies before all have read", "kernels/product_scatter.py", "arrive.wait_done(region, call.operator)", "pass",
+           (f"{PRODUCTS}[scatter-turns-8]",)),
+    Mutant("call counted before its copies", "kernels/product_gather.py", "    main.wait_event(sent)\n", "",
+           (f"{PRODUCTS}[gather-turns-3]",)),
+    Mutant("read before the products", "kernels/product_gather.py", "    main.wait_event(multiplied)\n", "",
+           (f"{PRODUCTS}[gather-turns-3]",)),
+    Mutant("captured channels given back", "kernels/workspace.py", "if not known.captured:", "if True:",
+           ("tests/kernels/test_workspace.py::test_a_captured_graph_survives_that_its_workspace_is_enlarged",)),
     Mutant("kernel: one sequence's rows for all", "kernels/attention.py", "batch * tokens + token, live", "token, live",
            ("tests/kernels/test_attention.py::test_every_scheme_and_width",)),
     Mutant("artifact of other ranks", "runtime/dispatch.py", "{sources('ir')} {worlds}", "{sources('ir')}",
