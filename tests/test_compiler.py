@@ -65,6 +65,17 @@ def test_workspaces_are_prepared_of_real_tensors(monkeypatch):
     assert made == [(True, "g", 9, 32, [torch.float32])] * 2
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_no_tokens(dynamic):
+    """A rank of a data-parallel group may have none."""
+    model = Stack()
+    compiled = tpfuse.compile(model, {"max_tokens": 16}, dynamic=dynamic)
+    for tokens in (0, 5, 0):
+        x = torch.randn(tokens, 32)
+        assert close(compiled(x), model(x))
+    assert len(compiled.report.results) == 2 and compiled.report.fired()
+
+
 def test_more_tokens_than_promised():
     compiled = tpfuse.compile(Stack(), {"max_tokens": 16}, dynamic=True)
     compiled(torch.randn(16, 32))

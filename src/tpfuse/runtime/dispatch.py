@@ -110,7 +110,8 @@ class Dispatcher:
         if self.tokens is None:
             return [Range(1, UNBOUNDED)]
         if isinstance(self.tokens, int):
-            return [Range(self.tokens, self.tokens)]
+            count = max(1, self.tokens)  # no tokens at all are served as one is
+            return [Range(count, count)]
         summing = [registry[name] for name in ("all_reduce", "reduce_scatter")]
         sums = [(n, op) for n in self.gm.graph.nodes if (op := find(n.target)) in summing]
         values = [(n.meta["val"], world_size(op.bind(n.args)["group"])) for n, op in sums]
@@ -124,7 +125,7 @@ class Dispatcher:
         return plan_ranges(tuple(self.config.ranges or ()), self.config.sizes, self.config.max_tokens, thresholds)
 
     def __call__(self, args: list[Any]) -> Any:
-        tokens = 1 if self.tokens is None else self.bindings.evaluate(self.tokens, args)
+        tokens = 1 if self.tokens is None else max(1, self.bindings.evaluate(self.tokens, args))
         limits = next((r for r in self.ranges if tokens in r), None)
         if limits is None:
             raise FusionError(f"{tokens} tokens, but Config(max_tokens={self.config.max_tokens})")
