@@ -118,7 +118,7 @@ def test_integers_that_are_no_sizes():
 
 
 def test_explain_for_another_machine():
-    target = tpfuse.Target("cuda", 90, 2, True, False, frozenset({"reference", "nccl"}))
+    target = tpfuse.Target("cuda", 90, 2, True, frozenset({"reference", "nccl"}))
     report = tpfuse.explain(Stack(), torch.randn(5, 32), target=target)
     assert len(report.fired()) == 6
     unfused = [e for e in report.declined() if e.status == "unfused"]

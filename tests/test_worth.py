@@ -14,7 +14,7 @@ import tpfuse
 from tests.models import Stack
 from tpfuse.lowering.table import Entry, Table
 
-H100 = tpfuse.Target("cuda", 90, 2, True, False, frozenset({"reference", "triton", "cuda", "nccl"}))
+H100 = tpfuse.Target("cuda", 90, 2, True, frozenset({"reference", "triton", "cuda", "nccl"}))
 SHARDED = Entry("sequence_parallel", "bfloat16", 2, ((None, "on"),))
 SCATTER, GATHER = "matmul_reduce_scatter_add_rms_norm", "all_gather_matmul"
 

@@ -25,16 +25,12 @@ class Range:
     def __contains__(self, tokens: int) -> bool:
         return self.start <= tokens <= self.end
 
-    @property
-    def single(self) -> bool:
-        return self.start == self.end
-
     def bytes(self, row: int) -> tuple[int, int | None]:
         """The same range in bytes, for tokens of `row` bytes; None for no upper bound."""
         return self.start * row, None if self.end == UNBOUNDED else self.end * row
 
     def __str__(self) -> str:
-        return str(self.start) if self.single else f"{self.start}..{'' if self.end == UNBOUNDED else self.end}"
+        return str(self.start) if self.start == self.end else f"{self.start}..{'' if self.end == UNBOUNDED else self.end}"
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Target:
     """Hardware facts that kernels ask for.  Built by hand in tests, by `tpfuse.runtime.detect` at run time.
 
     device: "cpu" or "cuda".  sm: compute capability as an integer (90 for 9.0), 0 on CPU.  world: ranks of the group.
-    peer_access: every rank can map every other rank's memory.  multicast: NVLink multicast may be used.
+    peer_access: every rank can map every other rank's memory.
     backends: the usable kernel back ends ("reference", "triton", "torch", "nccl", "flashinfer", …).
     versions: of each back end that has one, for example {"flashinfer": "0.6.12"}.
     """
@@ -51,7 +47,6 @@ class Target:
     sm: int = 0
     world: int = 1
     peer_access: bool = False
-    multicast: bool = False
     backends: frozenset[str] = frozenset({"reference"})
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)
 

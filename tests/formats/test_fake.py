@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from tpfuse.formats import dequantize, gather_scales, quantize, quantize_fake
+from tpfuse.formats import apply_layout, dequantize, quantize, quantize_fake, remove_layout
 
 CASES = [
     ("fp8_tensor", "row"),
@@ -80,13 +80,14 @@ def evaluate(size: int | torch.SymInt, rows: torch.SymInt, count: int) -> int:
 
 
 @pytest.mark.parametrize(("scheme", "layout"), [("nvfp4", "swizzled_128x4"), ("fp8_group64", "col+tma")])
-def test_gather_scales_with_symbolic_rows(scheme: str, layout: str) -> None:
+def test_stacked_scales_with_symbolic_rows(scheme: str, layout: str) -> None:
     mode = FakeTensorMode(shape_env=ShapeEnv())
     context = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     x = mode.from_tensor(torch.randn(40, 320, dtype=torch.bfloat16), symbolic_context=context)
     with mode:
         _, part = quantize_fake(x, scheme, layout)
-        gathered = gather_scales([part, part], [x.shape[0]] * 2, 320, scheme, layout)
+        plain = remove_layout(part, x.shape[0], 20 if scheme == "nvfp4" else 5, layout)
+        gathered = apply_layout(torch.cat([plain, plain]), layout)
         _, whole = quantize_fake(torch.cat([x, x]), scheme, layout)
     assert [str(s) for s in gathered.shape] == [str(s) for s in whole.shape]
 

@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpfuse.formats import (
-    Layout,
     apply_layout,
-    concatenates,
-    gather_scales,
     quantize,
     remove_layout,
     scales_meta,
@@ -124,20 +121,13 @@ def test_gathered_scales_are_those_of_the_stacked_rows(scheme: str, layout: str,
     scale = torch.tensor(300.0) if scheme == "nvfp4" else None
     q, scales = quantize(x, scale, scheme, layout)
     parts = [quantize(part, scale, scheme, layout) for part in x.split(rows)]
-    gathered = gather_scales([part[1] for part in parts], rows, 192, scheme, layout)
+    groups = {"nvfp4": 12, "fp8_group64": 3, "fp8_token": 1}[scheme]
+    plain = [remove_layout(part[1], count, groups, layout) for part, count in zip(parts, rows, strict=True)]
+    gathered = apply_layout(torch.cat(plain), layout)
     assert torch.equal(torch.cat([part[0] for part in parts]).view(torch.uint8), q.view(torch.uint8))
     assert gathered.stride() == scales.stride()
-    groups = {"nvfp4": 12, "fp8_group64": 3, "fp8_token": 1}[scheme]
     logical = [remove_layout(t, len(x), groups, layout).view(torch.uint8) for t in (gathered, scales)]
     assert torch.equal(*logical)
-
-
-def test_when_concatenation_is_right() -> None:
-    assert concatenates([7, 7], "row") and concatenates([7, 7], "linear")
-    assert not concatenates([128, 128], "col") and not concatenates([8, 8], "col+tma")
-    assert concatenates([128, 256, 5], "swizzled_128x4") and not concatenates([100, 128], "swizzled_128x4")
-    assert concatenates([8, 3], "swizzled_8x4") and not concatenates([4, 4], "swizzled_8x4")
-    assert Layout.parse("swizzled_8x4").tile_rows == 8
 
 
 @pytest.mark.parametrize(

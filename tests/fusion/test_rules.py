@@ -262,3 +262,11 @@ def test_gathered_products(scheme: str, group: str) -> None:
     gm = raised(run, [*tensors.values(), *second], TOKENS)
     (event,) = fused(gm, ["async_tp"])
     assert names(gm) == ["all_gather_scaled_matmul"] and event.attributes["products"] == 2
+
+
+def test_an_operator_declared_later_has_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = composites.rules()
+    late = object.__new__(Op)
+    late.__dict__ |= {**registry["rms_norm_quantize"].__dict__, "name": "late"}
+    monkeypatch.setitem(registry, "late", late)
+    assert [rule.name for rule in composites.rules() if rule not in before] == ["late"]

@@ -61,11 +61,11 @@ def test_the_policy_decides_before_anything_is_rewritten(group):
     gm, seen = graph(chain(group), *ARGS), []
 
     def policy(found):
-        seen.append((found.world, found.hidden, found.dtype, found.row_bytes, found.reduced_bytes, found.gathered_bytes))
+        seen.append((found.world, found.hidden, found.dtype, found.reduced_bytes, found.gathered_bytes))
         return Decline("threshold", "too few")
 
     events = fused(gm, ("all_reduce_norm", *SP), policy)
-    assert seen == [(2, HIDDEN, torch.float32, 4 * HIDDEN, 8 * HIDDEN, 8 * HIDDEN)]
+    assert seen == [(2, HIDDEN, torch.float32, 8 * HIDDEN, 8 * HIDDEN)]
     assert reasons(events, "sequence_parallel") == ["threshold"]
     assert names(gm) == ["all_reduce_add_rms_norm", "matmul", "all_reduce_add_rms_norm"]
 

@@ -14,8 +14,8 @@ from tpfuse.report import Decline
 from tpfuse.rewrite.emit import emit
 from tpfuse.target import Target
 
-H100 = Target("cuda", 90, 2, True, False, frozenset({"reference", "triton", "cuda"}))
-CPU = Target("cpu", 0, 2, False, False, frozenset({"reference"}))
+H100 = Target("cuda", 90, 2, True, frozenset({"reference", "triton", "cuda"}))
+CPU = Target("cpu", 0, 2, False, frozenset({"reference"}))
 
 
 def sample(scheme: str, **more: Any) -> dict[str, Any]:

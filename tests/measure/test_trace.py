@@ -16,7 +16,7 @@ from tpfuse.measure.stack import Shape, Stack
 from tpfuse.measure.trace import difference, kind, overlapped
 from tpfuse.target import Target
 
-H100 = Target("cuda", 90, 2, True, False, frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
+H100 = Target("cuda", 90, 2, True, frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
 TINY = {"llama": Shape(256, 512, 4, 4), "gemma": Shape(256, 512, 4, 4, gemma=True)}
 MOVES = ("getitem", "view", "permute", "split", "reshape", "sym_size")  # no kernels
 ACTIVATION = {"neg", "exp", "add", "div", "mul", "tanh", "clamp_min", "clamp_max", "convert_element_type"}  # one loop

@@ -12,7 +12,6 @@ Every function here works on any device, on fake tensors, and with symbolic row 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -156,29 +155,6 @@ def remove_layout(scales: Tensor, rows: Any, groups: int, layout: str | Layout) 
         # Not contiguous(): one column counts as contiguous whatever its stride, and a byte view needs stride 1.
         scales = scales.clone(memory_format=torch.contiguous_format)
     return unpack_ue8m0(scales, groups) if layout.ue8m0_packed else scales
-
-
-def gather_scales(
-    parts: Sequence[Tensor], rows: Sequence[Any], cols: int, scheme: str | Scheme, layout: str | Layout
-) -> Tensor:
-    """The scales of the ranks' rows stacked, from each rank's own scales `parts[i]` of `rows[i]` rows.
-
-    Only row-major scales are stacked by concatenation (and swizzled ones where every rank but the last holds whole
-    tiles); the others are taken apart first.
-    """
-    scheme, layout = Scheme.parse(scheme), Layout.parse(layout)
-    if concatenates(rows, layout):
-        return torch.cat(list(parts))
-    groups = groups_of(cols, scheme)
-    return apply_layout(
-        torch.cat([remove_layout(part, count, groups, layout) for part, count in zip(parts, rows, strict=True)]), layout
-    )
-
-
-def concatenates(rows: Sequence[Any], layout: str | Layout) -> bool:
-    """Whether scales of stacked row blocks of `rows` rows are the concatenation (dim 0) of each block's scales."""
-    layout = Layout.parse(layout)
-    return layout.base != "col" and all(count % layout.tile_rows == 0 for count in rows[:-1])
 
 
 def swizzle(scales: Tensor, layout: str | Layout) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +24,6 @@ Fuel = Callable[[], bool]  # takes one unit; False when none is left
 Worth = Callable[[Op, Args], Decline | None]  # why an operator with these arguments does not pay, or None
 
 
-@functools.cache
 def rules() -> tuple[Rule, ...]:
     """Every derived rule: those that others build on, those with a collective, the rest; among these the composites in the
     order of their declaration (the smaller before those built on them).  Products beside collectives are built on nothing that

@@ -35,18 +35,13 @@ class Chain:
     """A residual chain before it is rewritten: what a policy decides on.
 
     nodes: what will work on own rows, in program order.  sums: the all-reduces among them.  gathered: the values that others
-    need whole.  tokens: rows, an int or SymInt.  reduced_bytes, gathered_bytes: a token's bytes in all sums, and in all
-    gathers after the rewrite.
+    need whole.  reduced_bytes, gathered_bytes: a token's bytes in all sums, and in all gathers after the rewrite.
     """
 
     group: str
     nodes: list[fx.Node]
     sums: list[fx.Node] = field(default_factory=list)
     gathered: list[fx.Node] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> Any:
-        return math.prod(tensor(self.sums[0]).shape[:-1])
 
     @property
     def world(self) -> int:
@@ -66,11 +61,6 @@ class Chain:
         quantised = [n for n in self.nodes if is_call(n, registry["quantize"].default)]
         names = {Scheme.parse(registry["quantize"].bind(n.args, n.kwargs)["scheme"]).name for n in quantised}
         return names.pop() if len(names) == 1 else ""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token in one sum."""
-        return _row_bytes(self.sums[0])
 
     @property
     def gathers(self) -> int:

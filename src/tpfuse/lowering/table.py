@@ -91,7 +91,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """machine, versions: where and with what the entries were measured (see `runtime.detect.fingerprint`)."""
+    """machine, versions: where and with what the entries were measured (see `runtime.detect`)."""
 
     machine: str = ""
     versions: Mapping[str, str] = field(default_factory=dict, hash=False)

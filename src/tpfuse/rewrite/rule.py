@@ -51,13 +51,14 @@ class Rule:
         return f"# {self.name}{left}\ndef pattern({', '.join(self.op.params)}):\n{body}\n"
 
 
-def rules_of(op: Op) -> list[Rule]:
+@functools.cache
+def rules_of(op: Op) -> tuple[Rule, ...]:
     """A rule for each subset of the body's optional steps, the most complete first; none for a variadic operator."""
     if op.variadic:
-        return []
+        return ()
     names = [n.meta["optional"] for n in _trace(op).nodes if "optional" in n.meta]
     subsets = itertools.chain.from_iterable(itertools.combinations(names, k) for k in range(len(names) + 1))
-    return [Rule(op, _trace(op, frozenset(drop)), frozenset(drop)) for drop in subsets]
+    return tuple(Rule(op, _trace(op, frozenset(drop)), frozenset(drop)) for drop in subsets)
 
 
 def _trace(op: Op, drop: frozenset[str] = frozenset()) -> fx.Graph:

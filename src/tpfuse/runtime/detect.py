@@ -41,4 +41,4 @@ def _detect(device: str, world: int) -> Target:
     peers = world == 1 or (
         local == world and all(torch.cuda.can_device_access_peer(here, d) for d in range(local) if d != here)
     )
-    return Target("cuda", major * 10 + minor, world, peers, False, frozenset(backends), versions)
+    return Target("cuda", major * 10 + minor, world, peers, frozenset(backends), versions)
