@@ -184,13 +184,14 @@ def fused_products() -> Any:
     return torch.ops.symm_mem
 
 
-def fused_products_workspace(group: str, size: int) -> None:
+def fused_products_workspace(group: str, size: int) -> Tensor:
     """Make the workspace of those operators for the group of that name `size` bytes large, if it is smaller.  Collective.  No
-    multicast object is created."""
-    from torch.distributed._symmetric_memory import get_symm_mem_workspace
+    multicast object is created.  → its memory, which torch gives back when it makes a larger one."""
+    import torch.distributed._symmetric_memory as symmetric
 
     disable_multicast()
-    get_symm_mem_workspace(group, min_size=size)  # type: ignore[arg-type]
+    symmetric.get_symm_mem_workspace(group, min_size=size)  # type: ignore[arg-type]
+    return symmetric._group_name_to_workspace_tensor[group]  # type: ignore[index]
 
 
 def device_pause(cycles: int) -> None:

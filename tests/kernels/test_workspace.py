@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._symmetric_memory as symmetric
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tpfuse import shim
-from tpfuse.kernels import regions, workspace
+from tpfuse.kernels import regions, torch_products, workspace
 from tpfuse.kernels.channel import NOWHERE, Channel, Link
 from tpfuse.kernels.regions import SCATTER
 from tpfuse.report import FusionError
@@ -173,6 +174,22 @@ def test_regions_that_no_graph_holds_leave_nothing(machine: Machine) -> None:
         regions.restore("tp")
     assert reached(regions.region_of(SCATTER, "tp"))
     assert machine.living() == [False] * 4 + [True] and len(regions._regions["tp", SCATTER]) == 1
+
+
+def test_what_torch_gives_back_is_kept_for_graphs(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, torch.Tensor] = {}
+
+    def workspace_of(name: str, min_size: int) -> None:
+        if name not in made or made[name].numel() < min_size:
+            made[name] = machine._buffer(min_size, machine.group)[0]
+
+    monkeypatch.setattr(symmetric, "get_symm_mem_workspace", workspace_of)
+    monkeypatch.setattr(symmetric, "_group_name_to_workspace_tensor", made)
+    monkeypatch.setattr(torch_products, "share", lambda rows, group: rows // 2)
+    monkeypatch.setattr(torch_products, "_workspaces", {})
+    for tokens in (4, 4, 8, 4, 8):
+        torch_products.prepare("tp", tokens, 64)
+    assert machine.living() == [True, True] and len(torch_products._workspaces["tp"]) == 2
 
 
 def test_a_name_that_is_given_again_is_another_group(machine: Machine) -> None:

@@ -26,6 +26,7 @@ from tpfuse.report import FusionError
 
 from . import calls
 from .calls import NormCall, Outputs, rows_of
+from .workspace import is_another
 
 MAX_BYTES = 512 << 20  # of a message times the ranks: beyond 1 GiB offsets overflow 32 bits
 NORM, FP8, FP8_AND_NORM, GROUP, GROUP_AND_NORM = 1, 2, 4, 8, 9  # AllReduceFusionPattern
@@ -63,6 +64,8 @@ def prepare(group: Any, max_tokens: int, hidden: int, dtypes: Sequence[torch.dty
     world, row = process_group.size(), hidden * max(d.itemsize for d in dtypes)
     tokens = max(1, min(max_tokens, MAX_BYTES // (world * row)))
     made = _workspaces.setdefault(process_group.group_name, [])
+    if is_another(process_group, "flashinfer"):
+        made.clear()
     if made and made[-1].bytes >= tokens * row:
         return
     if shim.is_capturing():

@@ -18,15 +18,23 @@ from tpfuse.ir import overlap
 from tpfuse.ir.collective import share, world_size
 
 from . import nccl_products
+from .workspace import is_another
+
+_workspaces: dict[str, list[Tensor]] = {}  # by group, the last one in use; captured graphs keep the others
 
 
 def prepare(group: Any, max_tokens: int, hidden: int, dtypes: Sequence[torch.dtype] = (torch.bfloat16,)) -> None:
     """Make (or enlarge) torch's workspace of `group` for [max_tokens, hidden]: the rows that are summed, two ranks' shares of
     which are in flight, or one share of those that are gathered, with a scale of four bytes a row.  Collective; never
     inside graph capture."""
-    own = share(max_tokens, shim.group_of(group).group_name)
+    process_group = shim.group_of(group)
+    name = process_group.group_name
     row = max(2 * hidden * max(d.itemsize for d in dtypes), hidden + 4)
-    shim.fused_products_workspace(shim.group_of(group).group_name, own * row)
+    memory, made = shim.fused_products_workspace(name, share(max_tokens, name) * row), _workspaces.setdefault(name, [])
+    if is_another(process_group, "torch_products"):
+        made.clear()
+    if not made or made[-1] is not memory:
+        made.append(memory)
 
 
 def matmul_reduce_scatter(
