@@ -8,8 +8,7 @@ given scale of "fp8_tensor".
 from __future__ import annotations
 
 import functools
-import operator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tpfuse.formats.scheme import FP8_MAX
 from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
 from tpfuse.raising.quants_emit import emit_quantize, finish
 from tpfuse.raising.quants_nvfp4 import raise_nvfp4
+from tpfuse.raising.quants_scale import Dynamic, bound_of, dynamic_scale, narrows, reciprocal_of
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import DECLINE
 from tpfuse.rewrite.match import (
@@ -33,32 +33,15 @@ from tpfuse.rewrite.match import (
     is_tensor,
     operands,
     peel_widening,
-    reduces_last,
     same,
     same_shape,
     tensor,
-    times_constant,
 )  # fmt: skip
 from tpfuse.rewrite.site import site_of
 
 E4M3 = torch.float8_e4m3fn
 _OTHER_FP8 = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
-_MOVES = (*VIEWS, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
-_BOUNDS = {
-    aten.clamp_min.default: "low", aten.clamp_min.Tensor: "low", aten.maximum.default: "low",
-    aten.clamp_max.default: "high", aten.clamp_max.Tensor: "high", aten.minimum.default: "high",
-}  # fmt: skip
 _GROUPS = (128, 64)
-
-
-@dataclass
-class Dynamic:
-    """A scale computed from the rows that it scales.  of: what the absolute maximum is of.  holder: the node that holds the
-    scale, of the dtype it is used in.  options: variants of the scheme."""
-
-    of: fx.Node
-    holder: fx.Node
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def raise_quants(graph: fx.Graph) -> list[Event]:
@@ -105,10 +88,10 @@ def _unclamped(cast: fx.Node) -> tuple[fx.Node, dict[str, bool]] | Decline:
     node, narrow = cast.args[0], None
     while True:
         if (source := cast_source(node)) is not None:
-            if _narrows(node):
+            if narrows(node):
                 narrow = tensor(node).dtype  # type: ignore[arg-type]
             node = source
-        elif (bound := _bound(node)) is not None:
+        elif (bound := bound_of(node)) is not None:
             side, limit = bound
             bounds[side] = (max if side == "low" else min)(limit, bounds.get(side, limit))
             node = node.args[0]  # type: ignore[union-attr]
@@ -131,7 +114,7 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
         options = {**options, "low_value": True}
     divides = is_call(quotient, *DIVS)
     spread = _spread(factor)
-    dynamic = _dynamic(factor if spread is None else spread, divides)
+    dynamic = dynamic_scale(factor if spread is None else spread, divides)
     if spread is not None:
         return _raise_spread(cast, x, factor, dynamic, options)
     if isinstance(dynamic, Dynamic) and not _is_column(factor, value):
@@ -145,7 +128,7 @@ def _raise_scaled(cast: fx.Node, quotient: fx.Node, value: fx.Node, factor: Any,
             return Decline("other_scale", f"the scale is of {dynamic.of.name}, which is not what is quantised")
         return dynamic
     if not divides:
-        inner = _reciprocal(factor)
+        inner = reciprocal_of(factor)
         options = {**options, "mul": True} if inner is None else {**options, "reciprocal": True}
         factor = factor if inner is None else inner
     return finish(*emit_quantize([cast], x, factor, Scheme("fp8_tensor", **options), "row"), [cast], x)
@@ -198,121 +181,18 @@ def _layout(holder: fx.Node, layout: str, cols: int, scheme: Scheme) -> tuple[st
         return layout, holder
     for end in reversed(rows):
         for name in names:
-            if agrees(holder, end, functools.partial(_moves, holder, name, groups)):
+            if agrees(holder, end, functools.partial(_lies_as, holder, name, groups)):
                 return name, end
     return layout, holder
 
 
-def _moves(holder: fx.Node, layout: str, groups: int, nodes: list[fx.Node], count: int) -> bool | None:
+def _lies_as(holder: fx.Node, layout: str, groups: int, nodes: list[fx.Node], count: int) -> bool | None:
     """Whether a piece moves the scales of `holder` into a layout, strides too."""
     shape = sizes_for(holder, count)
     scales = torch.ldexp(torch.ones(shape), (torch.arange(torch.Size(shape).numel()) % 200 - 100).view(shape))
     want = apply_layout(scales.reshape(-1, groups), layout)
     got = run(nodes, holder, scales, count)
     return None if got is None else same_bits(got, want) and got.stride() == want.stride()
-
-
-def _dynamic(factor: Any, divides: bool) -> Dynamic | Decline:
-    """A factor as the scale of rows: max(amax / 448, eps) and its spellings."""
-    unknown = Decline("scale_spelling", "the scale is neither one number nor max(amax / 448, eps) of the rows")
-    if not is_tensor(factor):
-        return unknown
-    options: dict[str, Any] = {}
-    node = _moved(factor)
-    if not divides:
-        scaled = times_constant(node)
-        inner = _reciprocal(node if scaled is None or scaled[1] == 1 else scaled[0])
-        if inner is None:
-            return _shape_of(factor) or unknown
-        node = _moved(inner)
-        if scaled is not None and scaled[1] == FP8_MAX:  # x · (448 / amax); the scale itself is another user of amax
-            return _inverse(node) or unknown
-        options["reciprocal"] = True
-    holder = node
-    found = _scale(node, options)
-    return Dynamic(found, holder, options) if isinstance(found, fx.Node) else (_shape_of(factor) or found or unknown)
-
-
-def _scale(node: fx.Node, options: dict[str, Any]) -> fx.Node | Decline | None:
-    """What the maximum is of, for a node that is the scale; its variants are put into `options`."""
-    if is_call(node, aten.exp2.default) and is_call(node.args[0], aten.ceil.default):
-        if not is_call(node.args[0].args[0], aten.log2.default):  # type: ignore[union-attr]
-            return None
-        options.update(log2=True, ue8m0=True)
-        node = _moved(node.args[0].args[0].args[0])  # type: ignore[union-attr]
-    node, bounds, dtype = _clamps(_narrowest(node))
-    if set(bounds) - {"low"}:
-        return None
-    options["eps"] = bounds.get("low", 0.0)
-    if is_tensor(node) and bounds and tensor(_narrowest(node)).dtype != dtype:
-        return Decline("scale_spelling", f"the floor of the scale is in {dtype}, the scale in a narrower dtype")
-    node = _narrowest(node)
-    if not is_call(node, *DIVS) or constant(node.args[1]) != FP8_MAX:
-        return None
-    options["low_scale"] = tensor(node).dtype != torch.float32
-    return _amax(_moved(node.args[0]), tensor(node).dtype, options)
-
-
-def _amax(node: fx.Node, dtype: torch.dtype, options: dict[str, Any]) -> fx.Node | Decline | None:
-    """What amax, perhaps clamped in `dtype`, is the absolute maximum of."""
-    node, bounds, clamped = _clamps(node)
-    if bounds and clamped != dtype:
-        return Decline("scale_spelling", f"amax is clamped in {clamped}, and divided in {dtype}")
-    options.update({f"amax_{'min' if side == 'low' else 'max'}": bound for side, bound in bounds.items()})
-    node = _narrowest(node)
-    if is_call(node, operator.getitem) and is_call(node.args[0], aten.max.dim) and node.args[1] == 0:
-        node = node.args[0]  # type: ignore[assignment]
-    elif not is_call(node, aten.amax.default):
-        return None
-    of, dims = peel_widening(node.args[0]), node.args[1] if len(node.args) > 1 else None  # type: ignore[arg-type]
-    if not is_call(of, aten.abs.default):
-        return None
-    of = of.args[0]  # type: ignore[assignment]
-    if not reduces_last(dims, of):
-        return Decline("axis", f"the maximum is over dimensions {dims} of {tensor(of).dim()}, not over the last one")
-    return peel_widening(of)
-
-
-def _clamps(node: fx.Node) -> tuple[fx.Node, dict[str, float], torch.dtype]:
-    """What a node is before clamps by constants, their bounds, and the dtype that they are meant in.
-
-    A clamp of a bfloat16 tensor is decomposed into a cast to float32, the clamp and a cast back.
-    """
-    inner: Any = cast_source(node) if cast_source(node) is not None and _narrows(node) else node
-    bounds: dict[str, float] = {}
-    while (bound := _bound(inner)) is not None and bound[0] not in bounds:
-        bounds[bound[0]] = float(bound[1])
-        inner = inner.args[0]
-    if cast_source(node) is not None and _narrows(node):
-        inner = cast_source(inner)
-        if not bounds or inner is None or tensor(inner).dtype != tensor(node).dtype:
-            return node, {}, tensor(node).dtype
-    return _moved(inner), bounds, tensor(node).dtype
-
-
-def _bound(node: Any) -> tuple[str, float] | None:
-    """("low" or "high", c) of a node that is clamped by the constant c."""
-    if is_call(node, *_BOUNDS) and (number := constant(node.args[1])) is not None:
-        return _BOUNDS[node.target], number
-    return None
-
-
-def _narrows(node: Any) -> bool:
-    """Whether a cast may lose bits."""
-    source, own = tensor(cast_source(node)).dtype, tensor(node).dtype  # type: ignore[arg-type]
-    return torch.promote_types(source, own) != own
-
-
-def _inverse(amax: fx.Node) -> Dynamic | Decline | None:
-    """The scale of a model that multiplies by 448 / amax: another user of amax divides it by 448."""
-    options: dict[str, Any] = {"inverse": True, "eps": 0.0}
-    of = _amax(amax, torch.float32, options)
-    if not isinstance(of, fx.Node):
-        return of
-    for user in amax.users:
-        if is_call(user, *DIVS) and constant(user.args[1]) == FP8_MAX:
-            return Dynamic(of, user, options)
-    return Decline("scale_spelling", "values are multiplied by 448 / amax, and nothing keeps amax / 448")
 
 
 def _spread(factor: Any) -> fx.Node | None:
@@ -323,30 +203,6 @@ def _spread(factor: Any) -> fx.Node | None:
     if not is_call(single, aten.unsqueeze.default) or single.args[1] not in (-1, tensor(single).dim() - 1):
         return None
     return single.args[0]  # type: ignore[return-value]
-
-
-def _reciprocal(node: Any) -> Any:
-    """s of 1 / s, a factor of one looked through."""
-    if is_tensor(node) and (scaled := times_constant(node)) is not None and scaled[1] == 1:
-        node = scaled[0]
-    if not is_tensor(node):
-        return None
-    node = _moved(node)
-    return node.args[0] if is_call(node, aten.reciprocal.default) else None
-
-
-def _narrowest(node: fx.Node) -> fx.Node:
-    """The value before widening casts and moves."""
-    while (inner := _moved(peel_widening(node))) is not node:
-        node = inner
-    return node
-
-
-def _moved(node: Any) -> Any:
-    """The value before views that keep every element in its place."""
-    while is_call(node, *_MOVES):
-        node = node.args[0]
-    return node
 
 
 def _viewed(node: fx.Node) -> fx.Node:
@@ -382,11 +238,3 @@ def _is_column(factor: fx.Node, value: fx.Node) -> bool:
     """Whether a factor has one number for each row of a value: as many rows as columns would let it lie across."""
     lead, (*rows, last) = tensor(value).shape[:-1], tensor(factor).shape or [0]
     return len(lead) == len(rows) and same(last, 1) and all(map(same, lead, rows))
-
-
-def _shape_of(factor: fx.Node) -> Decline | None:
-    """Why a factor's shape alone rules out a scale of rows."""
-    shape = tensor(factor).shape
-    if len(shape) and not same(shape[-1], 1):
-        return Decline("scale_shape", f"the scale has the shape {list(shape)}: it varies along the last dimension")
-    return None
