@@ -42,7 +42,7 @@ def test_ranks_may_keep_their_files_where_they_like():
     assert Config(table="a", dump="b").lines() == Config().lines() != Config(strict=True).lines()
 
 
-def test_direct_calls_take_the_kernel_that_was_measured(monkeypatch):
+def test_direct_calls_take_the_kernel_that_was_measured(group, monkeypatch):
     import functools
 
     import torch
@@ -55,6 +55,7 @@ def test_direct_calls_take_the_kernel_that_was_measured(monkeypatch):
     steps = ((8 * row, "triton:one_shot"), (64 * row, "cuda:one_shot"), (512 * row, "torch:two_shot"), (None, "unfused"))
     table = Table(MACHINE, VERSIONS, (Entry("all_reduce_add_rms_norm", "bfloat16", 2, steps, "", 4096),))
     target = Target("cuda", 90, 2, True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
+    monkeypatch.setattr("tpfuse.ops._launches", {})
     monkeypatch.setattr("tpfuse.ops.detect", lambda device, group: target)
     monkeypatch.setattr("tpfuse.ops.table_of_group", lambda device, group: table)
     monkeypatch.setattr(Op, "launcher", lambda self, name: lambda *args, alive: name)
@@ -63,7 +64,7 @@ def test_direct_calls_take_the_kernel_that_was_measured(monkeypatch):
 
     def call(tokens, **how):
         x = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
-        return tpfuse.ops.all_reduce_add_rms_norm(x, x, x[0], group="g", **how)
+        return tpfuse.ops.all_reduce_add_rms_norm(x, x, x[0], group=group, **how)
 
     assert [call(n) for n in (1, 8, 9, 64, 513)] == ["triton:one_shot"] * 2 + ["cuda:one_shot"] * 2 + ["the body"]
     assert call(65) == "triton"  # torch's buffer was not prepared: the built-in choice

@@ -13,6 +13,7 @@ there is not, FusionError where no kernel serves the arguments here, with each o
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -35,6 +36,8 @@ from tpfuse.runtime.tables import table_of_group
 from tpfuse.target import Range
 
 PEERS = frozenset({"torch", "nccl", "flashinfer"})
+MOST_KINDS = 4096  # of calls that are remembered
+_launches: dict[Any, Callable[..., Any]] = {}  # by kind of call
 # What arguments mean wherever an operator's own text says nothing of them.
 ARGUMENTS = {
     "group": "a ProcessGroup, a one-dimensional DeviceMesh or a group's name; nothing runs on a default one",
@@ -76,14 +79,39 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
         raise TypeError(f"{op.name}: {error}") from None
     if torch.compiler.is_compiling():
         return op.default(*bound.values())
+    world = 1
+    if op.collective:
+        try:
+            world = shim.resolve_group(bound["group"]).size()
+        except RuntimeError:
+            raise ValueError(f"{op.name}: no process group is named {bound['group']!r}; pass the ProcessGroup itself") from None
+    kind = op.name, kernels, world, *map(_kind, bound.values())
+    try:
+        launch = _launches.get(kind)
+    except TypeError:  # a size that is a symbol, or what no operator takes: nothing to be remembered by
+        return _launch_of(op, bound, kernels)(*bound.values())
+    if launch is None:
+        launch = _launch_of(op, bound, kernels)
+        if len(_launches) == MOST_KINDS:
+            _launches.clear()
+        _launches[kind] = launch
+    return launch(*bound.values())
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument decides whether a call is as declared and which kernel serves it."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple(map(_kind, value))
+    return type(value), value
+
+
+def _launch_of(op: Op, bound: dict[str, Any], kernels: str) -> Callable[..., Any]:
+    """What serves a call with these arguments, called with them by position.  Raises what the module says."""
     known("kernels preference", kernels, KERNEL_PREFERENCES)
     if reason := declared.wrong_kind(op, bound):
         raise TypeError(f"{op.name}: {reason}")
-    if op.collective:
-        try:
-            shim.resolve_group(bound["group"])
-        except RuntimeError:
-            raise ValueError(f"{op.name}: no process group is named {bound['group']!r}; pass the ProcessGroup itself") from None
     declared.check(op, bound)
     device = next(v.device.type for v in bound.values() if isinstance(v, Tensor))
     target, table = detect(device, bound.get("group")), table_of_group(device, bound.get("group"))
@@ -94,10 +122,10 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
     tokens = max(1, math.prod(rows.shape[:-1]))
     found = pick(op, bound, target, kernels, table, Range(tokens, tokens))
     if isinstance(found, Decline) and found.code == "threshold":
-        return op.reference(*bound.values())
+        return op.reference
     if not isinstance(found, Pick):
         raise FusionError(f"{op.name}: {found}")
-    return op.launcher(found.name)(*bound.values(), alive=(True,) * op.results)
+    return functools.partial(op.launcher(found.name), alive=(True,) * op.results)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

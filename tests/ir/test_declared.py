@@ -31,6 +31,25 @@ X, W, ONE = torch.randn(4, 64), torch.ones(64), torch.tensor(1.0)
 FP8 = torch.ones(4, 64, dtype=torch.float8_e4m3fn)
 
 
+def test_a_call_is_checked_once_for_its_kind(monkeypatch):
+    """Whatever the values are: by shapes, strides, dtypes, devices and what is no tensor."""
+    checked = []
+    monkeypatch.setattr("tpfuse.ops._launches", {})
+    monkeypatch.setattr("tpfuse.ops.MOST_KINDS", 4)
+    monkeypatch.setattr("tpfuse.ops.declared.check", lambda op, args: checked.append(op.name))
+    for x, eps in ((X, 1e-5), (X + 1, 1e-5), (X[:2], 1e-5), (X, 1e-6), (X.bfloat16(), 1e-5), (X, 1e-5)):
+        got = tpfuse.ops.rms_norm(x, W.to(x.dtype), eps)
+        torch.testing.assert_close(got, torch.nn.functional.rms_norm(x, [64], W.to(x.dtype), eps))
+    assert len(checked) == 4
+    torch.testing.assert_close(tpfuse.ops.rms_norm(X.t().contiguous().t(), W), tpfuse.ops.rms_norm(X, W))
+    assert len(checked) == 6  # other strides; and only so many kinds are remembered
+    for _ in range(2):
+        with pytest.raises(TypeError, match="eps is a str"):
+            tpfuse.ops.rms_norm(X, W, "1e-5")
+        with pytest.raises(TypeError, match="eps is a dict"):
+            tpfuse.ops.rms_norm(X, W, {})
+
+
 @pytest.mark.parametrize(
     ("name", "args", "told"),
     [
