@@ -2,6 +2,7 @@
 
 from .buffers import cut_rows, quantize_into, scheme_of
 from .codec import checked, dequantize, quantize, quantize_fake
+from .flagged import Flagged
 from .layouts import (
     Layout,
     apply_layout,
@@ -15,6 +16,7 @@ from .scheme import SCHEME_NAMES, Scheme
 
 __all__ = [
     "SCHEME_NAMES",
+    "Flagged",
     "Layout",
     "Scheme",
     "apply_layout",

@@ -11,46 +11,34 @@ Every function here works on any device, on fake tensors, and with symbolic row 
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .flagged import Flagged
 from .scheme import Scheme
-
-_BASES = ("row", "col", "linear", "swizzled_128x4", "swizzled_8x4")
-_FLAGS = ("tma", "ue8m0", "ue8m0_packed")
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One layout of scales; `base` is row, col, linear, swizzled_128x4 or swizzled_8x4."""
+class Layout(Flagged):
+    """One layout of scales."""
 
-    base: str
+    KIND = "scale layout"
+    BASES = ("row", "col", "linear", "swizzled_128x4", "swizzled_8x4")
     tma: bool = False
     ue8m0: bool = False
     ue8m0_packed: bool = False
 
     def __post_init__(self) -> None:
-        if self.base not in _BASES:
-            raise ValueError(f"unknown scale layout {self.base!r}{_closest(self.base, _BASES)}")
+        super().__post_init__()
         if self.ue8m0 and self.ue8m0_packed:
             raise ValueError("ue8m0_packed scales are UE8M0 already: name one of the two flags")
         if self.tma and self.base != "col":
             raise ValueError(f"TMA-aligned scales are column-major; the layout is {self.base!r}")
         if self.base not in ("row", "col") and (self.ue8m0 or self.ue8m0_packed):
             raise ValueError(f"layout {self.base!r} is NVFP4's and takes no flags")
-
-    @staticmethod
-    def parse(text: str | Layout) -> Layout:
-        """The layout written as `text`; ValueError, naming the closest known word, where there is none."""
-        return text if isinstance(text, Layout) else _parse(text)
-
-    def __str__(self) -> str:
-        return "+".join([self.base, *(flag for flag in _FLAGS if getattr(self, flag))])
 
     @property
     def power_of_two(self) -> bool:
@@ -60,19 +48,6 @@ class Layout:
     def tile_rows(self) -> int:
         """Rows of a swizzled tile; 1 where the layout has none."""
         return {"swizzled_128x4": 128, "swizzled_8x4": 8}.get(self.base, 1)
-
-
-@cache
-def _parse(text: str) -> Layout:
-    base, *flags = text.split("+")
-    for flag in flags:
-        if flag not in _FLAGS:
-            raise ValueError(f"unknown flag {flag!r} of scale layout {text!r}{_closest(flag, _FLAGS)}")
-    return Layout(base, **dict.fromkeys(flags, True))
-
-
-def _closest(word: str, known: tuple[str, ...]) -> str:
-    return f"; did you mean {difflib.get_close_matches(word, known, n=1, cutoff=0.0)[0]!r}?"
 
 
 def default_layout(scheme: str | Scheme) -> str:

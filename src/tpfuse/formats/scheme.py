@@ -19,9 +19,10 @@ depends on the input, which no row-local fusion can take.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields, replace
 from functools import cache
+
+from .flagged import closest
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
@@ -92,7 +93,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.name not in _GROUP:
-            raise ValueError(f"unknown quantisation scheme {self.name!r}{_closest(self.name, SCHEME_NAMES)}")
+            raise ValueError(f"unknown quantisation scheme {self.name!r}{closest(self.name, SCHEME_NAMES)}")
         for field in fields(self)[1:]:
             if _is_set(getattr(self, field.name)) and self.name not in _VARIANT_OF[field.name]:
                 raise ValueError(f"scheme {self.name!r} has no variant {field.name!r}")
@@ -146,7 +147,7 @@ def _parse(text: str) -> Scheme:
     for word in rest.split(",") if rest else ():
         key, equals, value = word.partition("=")
         if key not in _VARIANT_OF:
-            raise ValueError(f"unknown variant {key!r} of scheme {text!r}{_closest(key, tuple(_VARIANT_OF))}")
+            raise ValueError(f"unknown variant {key!r} of scheme {text!r}{closest(key, tuple(_VARIANT_OF))}")
         if bool(equals) != (key in ("eps", "amax_min", "amax_max")):
             raise ValueError(f"variant {key!r} of scheme {text!r} takes {'no' if equals else 'a'} value")
         options[key] = float(value) if equals else True
@@ -155,8 +156,3 @@ def _parse(text: str) -> Scheme:
 
 def _is_set(value: bool | float | None) -> bool:
     return value is not None and value is not False
-
-
-def _closest(word: str, known: tuple[str, ...]) -> str:
-    match = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"; did you mean {match[0]!r}?"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpfuse.formats import Scheme
+from tpfuse.formats import Flagged, Scheme
 from tpfuse.ir.op import Args, Message, op
 from tpfuse.ir.quant import quant_sample, quantize
 from tpfuse.ir.samples import rows
@@ -21,26 +21,17 @@ _HEAD = 16  # of samples
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Flagged):
     """What computes an attention in the model; written as one string in schemas.
 
-    name: torch's "flash_cpu", "flash", "efficient", "cudnn" or "math", or "eager" (transformers': a product, times the scale,
+    base: torch's "flash_cpu", "flash", "efficient", "cudnn" or "math", or "eager" (transformers': a product, times the scale,
     plus the mask, softmax in FP32, rounded to the dtype of q, a product).  repeat: keys and values have fewer heads than
     queries and the model repeats each of them; else torch's implementation takes them as they are.
     """
 
-    name: str
+    KIND = "attention method"
+    BASES = tuple(METHODS)
     repeat: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Method:
-        name, *flags = text.split("+")
-        if name not in METHODS or flags not in ([], ["repeat"]):
-            raise ValueError(f"unknown attention method {text!r}: one of {tuple(METHODS)}, '+repeat' where heads are repeated")
-        return cls(name, bool(flags))
-
-    def __str__(self) -> str:
-        return f"{self.name}+repeat" if self.repeat else self.name
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float, causal: bool, method: str) -> Tensor:
@@ -73,8 +64,8 @@ def attention(
     how = Method.parse(method)
     if how.repeat:
         k, v = _repeated(k, q.shape[1] // k.shape[1]), _repeated(v, q.shape[1] // v.shape[1])
-    native = METHODS[how.name] in (None, q.device.type) and not (q.dtype == torch.float64 and how.name != "eager")
-    out = _compute(how.name if native else "math", q, k, v, mask, softmax_scale, causal)
+    native = METHODS[how.base] in (None, q.device.type) and not (q.dtype == torch.float64 and how.base != "eager")
+    out = _compute(how.base if native else "math", q, k, v, mask, softmax_scale, causal)
     return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], out.shape[1] * out.shape[3]).contiguous()
 
 

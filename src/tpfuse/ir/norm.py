@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpfuse.formats import Flagged
 from tpfuse.ir.op import Args, op
 from tpfuse.ir.samples import rows, vector
 from tpfuse.report import Decline
 
-BASES = ("cast_first", "cast_last")
-FLAGS = ("low_bias", "keep_f32")
-
 
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(Flagged):
     """Where a spelling rounds; written as one string in schemas.
 
     base: "cast_first" (normalise in FP32, cast to x.dtype, then times the weight; Llama in transformers) or "cast_last"
@@ -26,20 +24,10 @@ class Rounding:
     keep_f32: the result stays in FP32 (torch 2.11 removes a cast down that a quantise would cast up again).
     """
 
-    base: str
+    KIND = "rounding"
+    BASES = ("cast_first", "cast_last")
     low_bias: bool = False
     keep_f32: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Rounding:
-        base, *flags = text.split("+")
-        unknown = [f for f in flags if f not in FLAGS]
-        if base not in BASES or unknown:
-            raise ValueError(f"unknown rounding {text!r}: a base of {BASES}, then flags of {FLAGS} joined by '+'")
-        return cls(base, "low_bias" in flags, "keep_f32" in flags)
-
-    def __str__(self) -> str:
-        return "+".join([self.base, *(f for f in FLAGS if getattr(self, f))])
 
 
 def out_dtype(x: Tensor, weight: Tensor | None, rounding: str) -> torch.dtype:

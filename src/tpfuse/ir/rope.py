@@ -8,18 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpfuse.formats import Flagged
 from tpfuse.ir.norm import rms_norm
 from tpfuse.ir.op import Args, op
 from tpfuse.ir.samples import rows, vector
 from tpfuse.report import Decline
 
-BASES = ("half", "interleaved")
-FLAGS = ("pairs", "heads_first")
 _HEAD = 16  # of samples
 
 
 @dataclass(frozen=True)
-class Style:
+class Style(Flagged):
     """Which elements turn together; written as one string in schemas.
 
     base: "half" (element i with i + rotary / 2; GPT-NeoX, Llama in transformers) or "interleaved" (2i with 2i + 1; GPT-J, GLM-4).
@@ -27,20 +26,10 @@ class Style:
     heads_first: results lie in memory with heads before tokens, as models that join a turned and an unturned part leave them.
     """
 
-    base: str
+    KIND = "rotary style"
+    BASES = ("half", "interleaved")
     pairs: bool = False
     heads_first: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Style:
-        base, *flags = text.split("+")
-        unknown = [f for f in flags if f not in FLAGS]
-        if base not in BASES or unknown:
-            raise ValueError(f"unknown rotary style {text!r}: a base of {BASES}, then flags of {FLAGS} joined by '+'")
-        return cls(base, "pairs" in flags, "heads_first" in flags)
-
-    def __str__(self) -> str:
-        return "+".join([self.base, *(f for f in FLAGS if getattr(self, f))])
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The first and the second elements of the pairs that turn together."""
