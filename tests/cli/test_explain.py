@@ -39,6 +39,15 @@ def test_strict_names_what_is_missing(llama, cli):
     assert "model.layers.0.self_attn.o_proj" in errors
 
 
+@pytest.mark.timeout(300)
+def test_explain_for_gpus_has_every_kernel_of_ours(llama, cli, tmp_path):
+    asked = "passes=sequence_parallel"
+    status, _, errors = cli("explain", llama, "--tp", 2, "--device", "cuda", "--set", asked, "--json", tmp_path / "r.json")
+    assert status == 0, errors
+    events = json.loads((tmp_path / "r.json").read_text())["events"]
+    assert "cuda:sharded" in {e["attributes"].get("kernel") for e in events}, events
+
+
 def example() -> Report:
     report = Report()
     limits = Range(1, 256)

@@ -119,7 +119,7 @@ def explain(
     from tpfuse.cli.inputs import read_config
     from tpfuse.target import Target
 
-    gpu = Target("cuda", sm, tp, peer_access=True, backends=frozenset({"reference", "triton", "torch", "nccl"}))
+    gpu = Target("cuda", sm, tp, peer_access=True, backends=frozenset({"reference", "triton", "cuda", "torch", "nccl"}))
     target = gpu if device == Device.cuda else Target("cpu", world=tp)
     config = read_config(settings or (), strict=strict)
     command.run(_console(), model, tp, dtype.value, target, config, html, json)
