@@ -318,3 +318,16 @@ def test_codes_by_another_spelling_are_nvfp4() -> None:
 
     (call,) = raised(spelling, rows(), torch.tensor(40.0)).named("quantize")
     assert call["scheme"] == "nvfp4:eps=0.015625"
+
+
+def test_a_width_of_any_size_is_no_crash() -> None:
+    """A width that is a symbol is told by small numbers too, of which blocks of 16 make nothing."""
+
+    def spelling(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        blocks = x.float().view(-1, x.shape[1] // 16, 16)
+        scales = (blocks.abs().amax(-1) / 6.0 * g).clamp(0.015625, 448.0).to(E4M3)
+        size = (blocks * (g / scales.float()).unsqueeze(-1)).view(-1, x.shape[1])
+        code = sum((size.abs() > t).to(torch.uint8) for t in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+        return code[:, 0::2] | (code[:, 1::2] << 4), scales
+
+    assert not raised(spelling, rows(), torch.tensor(40.0), dynamic=1).named("quantize")

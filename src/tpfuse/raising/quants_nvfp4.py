@@ -135,7 +135,7 @@ def _packed(scaled: fx.Node) -> fx.Node | None:
 
 def _codes(start: fx.Node, end: fx.Node, nodes: list[fx.Node], count: int) -> bool | None:
     """Whether a piece packs E2M1 codes, for every probe value in turn."""
-    shape, columns = sizes_for(start, count), tensor(end).shape[-1] * 2
+    shape, columns = sizes_for(start, count), sizes_for(end, count)[-1] * 2
     total = torch.Size(shape).numel()
     values = _probe_values()
     for first in range(0, len(values), total):
