@@ -78,3 +78,18 @@ def test_dynamic_views() -> None:
     assert_identical(torch.fx.Interpreter(gm).run(*inputs), before)
     names = [n.name for n in gm.graph.nodes if "view" in n.name or "reshape" in n.name]
     assert len(names) == 1
+
+
+def test_views_whose_sizes_are_not_known_to_be_the_same() -> None:
+    """Heads and groups of a width that is a symbol: the last size is another quotient once the two views are one."""
+
+    def model(x: Tensor) -> Tensor:
+        heads = x.reshape(1, -1, x.shape[1] // 16, 16).transpose(1, 2).exp()
+        rows = heads.transpose(1, 2).reshape(-1, heads.shape[1] * heads.shape[3])
+        return rows.reshape(-1, rows.shape[1] // 32, 32).exp()
+
+    gm, inputs = trace(model, [torch.randn(24, 64)], dynamic=1)
+    before = torch.fx.Interpreter(gm).run(*inputs)
+    canonicalise(gm.graph)
+    gm.graph.lint()
+    assert_identical(torch.fx.Interpreter(gm).run(*inputs), before)

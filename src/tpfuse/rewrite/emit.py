@@ -10,7 +10,7 @@ from torch import fx
 from tpfuse.report import Decline
 from tpfuse.rewrite.match import same_shape, same_strides
 from tpfuse.rewrite.order import ORDER, is_collective
-from tpfuse.shim import detect_fake_mode, enable_python_dispatcher, needs_exact_strides
+from tpfuse.shim import detect_fake_mode, enable_python_dispatcher, needs_exact_strides, traced
 
 DECLINE = "tpfuse_decline"  # metadata of a node that was not raised: the Decline that says why
 COPIED = ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "original_aten")
@@ -56,17 +56,20 @@ def substitute(old: fx.Node, target: Any, args: Sequence[Any], at: fx.Node | Non
 
     at: the node before which it stands and whose layer path it takes (default `old`).
 
-    Declines with "strides" where the new value would lie otherwise in memory than the old one.  RuntimeError where
-    shape or dtype differ: then the rewrite is wrong.
+    Declines with "strides" where the new value would lie otherwise in memory than the old one, with "shape" where its symbolic
+    sizes are not known to be the old ones.  RuntimeError where shape or dtype differ: then the rewrite is wrong.
     """
     at = at or old
     with old.graph.inserting_before(at):
         new = emit(old.graph, target, args, like=at)
     was, now = old.meta["val"], new.meta["val"]
-    if was.dtype != now.dtype or not same_shape(was, now):
+    if was.dtype != now.dtype or list(map(traced, was.shape)) != list(map(traced, now.shape)):
         raise RuntimeError(
             f"{old.format_node()} is {was.dtype} {list(was.shape)}, {target} gives {now.dtype} {list(now.shape)}"
         )
+    if not same_shape(was, now):
+        old.graph.erase_node(new)
+        return Decline("shape", f"{old.name} is {list(was.shape)}, {target} gives {list(now.shape)}")
     if not same_strides(was, now):
         old.graph.erase_node(new)
         return Decline("strides", f"{old.name} has strides {tuple(was.stride())}, {target} gives {tuple(now.stride())}")
