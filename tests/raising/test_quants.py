@@ -331,3 +331,14 @@ def test_a_width_of_any_size_is_no_crash() -> None:
         return code[:, 0::2] | (code[:, 1::2] << 4), scales
 
     assert not raised(spelling, rows(), torch.tensor(40.0), dynamic=1).named("quantize")
+
+
+@pytest.mark.parametrize("blocks", [lambda x: x.view(-1, x.shape[1] // 64, 64), lambda x: x.view(-1, 4, x.shape[1] // 4)])
+def test_groups_of_a_width_that_is_a_symbol(blocks: Callable[[Tensor], Tensor]) -> None:
+    """Groups of 64 however wide the rows are, and groups whose own size is a symbol: no crash, and no other width excluded."""
+
+    def spelling(x: Tensor) -> tuple[Tensor, Tensor]:
+        s = (blocks(x).abs().amax(-1, keepdim=True).float() / 448).clamp(min=1e-10)
+        return fp8(blocks(x) / s).view(x.shape), s.squeeze(-1).t().contiguous().t()
+
+    raised(spelling, rows(), dynamic=1)

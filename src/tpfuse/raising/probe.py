@@ -51,9 +51,16 @@ def reachable(start: fx.Node, limit: int = 200) -> list[fx.Node]:
     return [n for n in found[1:] if is_tensor(n)]
 
 
+def size_for(size: Any, symbols: int) -> int:
+    """A size with every symbol standing for `symbols`."""
+    if isinstance(size, SymInt):
+        return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, symbols)))
+    return size
+
+
 def sizes_for(node: fx.Node, symbols: int) -> list[int]:
     """The shape of a node's value with every symbol standing for `symbols`."""
-    return [_number(n, symbols) for n in tensor(node).shape]
+    return [size_for(n, symbols) for n in tensor(node).shape]
 
 
 def run(nodes: list[fx.Node], start: fx.Node, value: Tensor, symbols: int) -> Tensor | None:
@@ -63,7 +70,7 @@ def run(nodes: list[fx.Node], start: fx.Node, value: Tensor, symbols: int) -> Te
     def real(argument: fx.Node) -> Any:
         if argument in values:
             return values[argument]
-        return _number(argument.meta["val"], symbols)
+        return size_for(argument.meta["val"], symbols)
 
     try:
         for node in nodes:
@@ -117,9 +124,3 @@ def _is_pure(node: fx.Node) -> bool:
         return True
     target = node.target
     return isinstance(target, OpOverload) and target.namespace in _PURE and not target._schema.is_mutable
-
-
-def _number(size: Any, symbols: int) -> int:
-    if isinstance(size, SymInt):
-        return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, symbols)))
-    return size

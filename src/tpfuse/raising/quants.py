@@ -16,7 +16,7 @@ from torch import fx
 
 from tpfuse.formats import Scheme, apply_layout
 from tpfuse.formats.scheme import FP8_MAX
-from tpfuse.raising.probe import agrees, reachable, run, same_bits, sizes_for
+from tpfuse.raising.probe import agrees, reachable, run, same_bits, size_for, sizes_for
 from tpfuse.raising.quants_emit import emit_quantize, finish
 from tpfuse.raising.quants_nvfp4 import raise_nvfp4
 from tpfuse.raising.quants_scale import Dynamic, bound_of, dynamic_scale, narrows, reciprocal_of
@@ -158,7 +158,7 @@ def _raise_dynamic(cast: fx.Node, x: fx.Node, dynamic: Dynamic, options: dict[st
             whole = x  # rows regrouped, or joined of heads
         elif tensor(x).dim() < 2 or not same(source, tensor(x).shape[-2] * last):
             return Decline("group_size", f"groups of {last} are cut across rows of {source}")
-        elif last not in _GROUPS:
+        elif not isinstance(last, int) or last not in _GROUPS:
             return Decline("group_size", f"groups of {last}; there are schemes for groups of {' and '.join(map(str, _GROUPS))}")
         else:
             scheme = replace(scheme, name=f"fp8_group{last}")
@@ -176,21 +176,20 @@ def _layout(holder: fx.Node, layout: str, cols: int, scheme: Scheme) -> tuple[st
     rows = [n for n in reachable(holder, 12) if tensor(n).dim() == 2 and tensor(n).dtype in (torch.float32, torch.int32)]
     flags = ("+ue8m0", "+ue8m0_packed") if "ue8m0" in layout else ("",)
     names = [base + flag for base in ("col+tma", "col") for flag in flags] + ["row+ue8m0_packed"] * (len(flags) - 1)
-    groups = cols // scheme.group
-    if cols % scheme.group:
+    if not same(cols % scheme.group, 0):
         return layout, holder
     for end in reversed(rows):
         for name in names:
-            if agrees(holder, end, functools.partial(_lies_as, holder, name, groups)):
+            if agrees(holder, end, functools.partial(_lies_as, holder, name, cols // scheme.group)):
                 return name, end
     return layout, holder
 
 
-def _lies_as(holder: fx.Node, layout: str, groups: int, nodes: list[fx.Node], count: int) -> bool | None:
+def _lies_as(holder: fx.Node, layout: str, groups: Any, nodes: list[fx.Node], count: int) -> bool | None:
     """Whether a piece moves the scales of `holder` into a layout, strides too."""
     shape = sizes_for(holder, count)
     scales = torch.ldexp(torch.ones(shape), (torch.arange(torch.Size(shape).numel()) % 200 - 100).view(shape))
-    want = apply_layout(scales.reshape(-1, groups), layout)
+    want = apply_layout(scales.reshape(-1, size_for(groups, count)), layout)
     got = run(nodes, holder, scales, count)
     return None if got is None else same_bits(got, want) and got.stride() == want.stride()
 
