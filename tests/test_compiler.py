@@ -49,6 +49,20 @@ def test_compile_all_and_single_sizes():
     assert close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize(("options", "others"), [({"ranges": (1,)}, ["2.."]), ({"sizes": (1, 3)}, ["2", "3", "4.."])])
+def test_a_range_that_the_graph_is_never_called_in_is_not_compiled(options, others):
+    """torch makes a graph for any count of tokens from two on: one token has its own."""
+    model, x = Stack(), torch.randn(9, 32)
+    torch._dynamo.mark_dynamic(x, 0)
+    compiled = tpfuse.compile(model, {**options, "compile_all": True}, fullgraph=True)
+    assert close(compiled(x), model(x))
+    assert [str(r) for r in compiled.report.ranges] == others
+    tpfuse.warmup([1])
+    x = torch.randn(1, 32)
+    assert close(compiled(x), model(x))
+    assert compiled.report.ranges[0] == tpfuse.Range(1, 1)
+
+
 def test_workspaces_are_prepared_of_real_tensors(monkeypatch):
     """Also inside AOTAutograd, whose fake mode is on."""
     from tpfuse.lowering.select import Need

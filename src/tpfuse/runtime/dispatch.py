@@ -32,6 +32,7 @@ from tpfuse.runtime.detect import detect, machine
 from tpfuse.runtime.key import sources
 from tpfuse.runtime.symbols import (
     Bindings,
+    callable_with,
     copy_graph,
     fresh_inputs,
     renew_bodies,
@@ -150,11 +151,13 @@ class Dispatcher:
         return None
 
     def warm(self, tokens: int) -> None:
-        """Compile the range of a token count, other sizes as the graph was traced with.  A no-op where it is compiled."""
+        """Compile the range of a token count, other sizes as the graph was traced with.  A no-op where it is compiled, and where
+        the graph is never called with so few: one token has a graph of its own."""
         limits = next((r for r in self.ranges if tokens in r), None)
+        values = resized(shim.traced_sizes(self.placeholders), self.tokens, tokens)
         with _compiling:
-            if limits is not None and not self.compiled[limits]:
-                self._compile(limits, resized(shim.traced_sizes(self.placeholders), self.tokens, tokens))
+            if limits is not None and not self.compiled[limits] and callable_with(self.placeholders, values):
+                self._compile(limits, values)
 
     def warm_as_traced(self) -> None:
         """Compile the range of the sizes that the graph was traced with."""

@@ -35,6 +35,25 @@ def resized(values: dict[Any, int], expr: Any, tokens: int) -> dict[Any, int]:
     return values if symbol is None else {**values, symbol: tokens // each}
 
 
+def callable_with(placeholders: Sequence[Any], values: dict[Any, int]) -> bool:
+    """Whether a graph may be called with these sizes: each within the bounds that tracing gave its symbol."""
+    for symbol, owner in _owners(placeholders).items():
+        low, high = shim.symbol_bounds(owner, symbol)
+        if (low is not None and values[symbol] < low) or (high is not None and values[symbol] > high):
+            return False
+    return True
+
+
+def _owners(placeholders: Sequence[Any]) -> dict[Any, SymInt]:
+    """The symbols of a graph's inputs, each with a size or stride that it is in."""
+    owners: dict[Any, SymInt] = {}
+    for value in placeholders:
+        parts = (*value.shape, *value.stride()) if isinstance(value, Tensor) else (value,)
+        for symbol in shim.symbols_of(value):
+            owners.setdefault(symbol, next(p for p in parts if isinstance(p, SymInt) and symbol in p.node.expr.free_symbols))
+    return owners
+
+
 def _counted(tokens: Any) -> tuple[Any, int]:
     """The one symbol that tokens are a multiple of, and which; (None, 1) where there is no such."""
     symbols = getattr(tokens, "free_symbols", ())
@@ -86,21 +105,15 @@ def fresh_inputs(
     mode = shim.FakeTensorMode(shape_env=env, allow_non_fake_inputs=True)
     new: dict[Any, Any] = {}
     counted, each = _counted(tokens)
-    for value in placeholders:
-        for symbol in shim.symbols_of(value):
-            if symbol in new:
-                continue
-            owner = value if isinstance(value, SymInt) else next(
-                s for s in (*value.shape, *value.stride()) if isinstance(s, SymInt) and symbol in s.node.expr.free_symbols
-            )  # fmt: skip
-            low, high = shim.symbol_bounds(owner, symbol)
-            if symbol == counted:
-                inside = max(low or 0, -(-limits.start // each)), min(high or limits.end, limits.end // each)
-                low, high = inside if inside[0] <= inside[1] else (low, high)  # no multiple lies there: never called
-            if low is not None and low == high:
-                new[symbol] = sympy.Integer(low)
-            else:
-                new[symbol] = shim.fresh_symbol(env, f"tpfuse_{len(new)}", values[symbol], low, high)
+    for symbol, owner in _owners(placeholders).items():
+        low, high = shim.symbol_bounds(owner, symbol)
+        if symbol == counted:
+            inside = max(low or 0, -(-limits.start // each)), min(high or limits.end, limits.end // each)
+            low, high = inside if inside[0] <= inside[1] else (low, high)  # no multiple lies there: never called
+        if low is not None and low == high:
+            new[symbol] = sympy.Integer(low)
+        else:
+            new[symbol] = shim.fresh_symbol(env, f"tpfuse_{len(new)}", values[symbol], low, high)
 
     inputs = [_renewed(value, mode, new, values) for value in placeholders]
     return inputs, mode, new
