@@ -281,21 +281,27 @@ def _zeros(value: Any) -> Any:
     return shim.traced(value) if isinstance(value, torch.SymInt) else value
 
 
+def _stack(value: torch.Tensor) -> torch.Tensor:
+    """Operators on stacks of matrices (`grouped_mm`) refuse strides that no matrix has."""
+    return torch.empty(value.shape[-2:], dtype=value.dtype).expand(value.shape)
+
+
 def _off_meta(value: torch.Tensor) -> torch.Tensor:
     return _zeros(value) if value.is_meta else value
 
 
 @contextlib.contextmanager
 def _weights_off_meta(model: Any) -> Iterator[None]:
-    """Inside, weights on the meta device (which Inductor treats apart) are one-element zeros, expanded."""
+    """Inside, weights on the meta device (which Inductor treats apart) are one-element zeros, expanded; stacks of matrices, as
+    experts are, one matrix that nobody reads."""
     taken: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         for store in (module._parameters, module._buffers):
             for name, value in store.items():
                 if value is not None and value.is_meta:
                     taken.append((store, name, value))
-                    zeros = _zeros(value)
-                    store[name] = torch.nn.Parameter(zeros, False) if store is module._parameters else zeros
+                    light = _zeros(value) if value.dim() < 3 else _stack(value)
+                    store[name] = torch.nn.Parameter(light, False) if store is module._parameters else light
     try:
         yield
     finally:

@@ -83,12 +83,15 @@ class Config:
         return name not in self.disable_passes and (self.passes is None or name in self.passes)
 
 
-def table_path(machine: str) -> Path:
-    """Where the table of a machine ("2 x NVIDIA H100 80GB HBM3") is written and looked for: under `TPFUSE_CACHE`, else
-    `XDG_CACHE_HOME`/tpfuse, else ~/.cache/tpfuse."""
+def cache_folder() -> Path:
+    """`TPFUSE_CACHE`, else `XDG_CACHE_HOME`/tpfuse, else ~/.cache/tpfuse."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("TPFUSE_CACHE") or Path(base) / "tpfuse")
-    return folder / "tables" / (re.sub(r"[^A-Za-z0-9]+", "-", machine).strip("-").lower() + ".json")
+    return Path(os.environ.get("TPFUSE_CACHE") or Path(base) / "tpfuse")
+
+
+def table_path(machine: str) -> Path:
+    """Where the table of a machine ("2 x NVIDIA H100 80GB HBM3") is written and looked for."""
+    return cache_folder() / "tables" / (re.sub(r"[^A-Za-z0-9]+", "-", machine).strip("-").lower() + ".json")
 
 
 def from_text(text: str) -> Any:

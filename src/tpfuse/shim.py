@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import SymInt, Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator, OpOverload
@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 __all__ = [
     "BackendCompilerFailed", "CustomGraphPass", "FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "ShapeEnv",
-    "detect_fake_mode", "enable_python_dispatcher",
+    "TorchDynamoException", "detect_fake_mode", "enable_python_dispatcher",
 ]  # fmt: skip
 
 CPU_ROW_SCALES = torch.__version__ >= torch.torch_version.TorchVersion("2.12")  # aten._scaled_mm on CPU takes a scale per row

@@ -31,6 +31,39 @@ def test_explain_needs_only_the_configuration(llama, cli, tmp_path, tied):
     assert "http" not in text.replace("http-equiv", "")  # self-contained
 
 
+@pytest.fixture
+def experts(tmp_path):
+    """The configuration of a DeepSeek-V3 of two layers, the second with experts."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV3Config(
+        hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, q_lora_rank=32,
+        kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, first_k_dense_replace=1, vocab_size=128,
+        max_position_embeddings=128, architectures=["DeepseekV3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "experts")
+    return tmp_path / "experts"
+
+
+@pytest.mark.timeout(300)
+def test_experts_in_the_dtype_that_is_the_default(experts, cli):
+    status, out, errors = cli("explain", experts, "--tp", 2)
+    assert status == 0, errors
+    assert "all_reduce_add_rms_norm" in out
+
+
+def test_a_model_that_torch_cannot_trace(llama, cli, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def forward(self, input_ids, **_):
+        return self.lm_head(self.model.embed_tokens(input_ids)[..., :7])
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    status, out, errors = cli("explain", llama, "--tp", 2)
+    assert status == 1 and "Traceback" not in errors
+    assert f"error: {llama}: torch " in errors and "cannot trace this model on 2 ranks" in errors
+
+
 @pytest.mark.timeout(300)
 def test_strict_names_what_is_missing(llama, cli):
     status, _, errors = cli("explain", llama, "--tp", 2, "--strict", "--set", "disable_passes=all_reduce_norm")

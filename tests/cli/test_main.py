@@ -108,6 +108,14 @@ def test_doctor_as_json(cli):
     assert {"C++", "triton", "flashinfer", "nccl", "gloo", "torch symmetric memory", "GGUF files"} <= facts.keys()
 
 
+def test_doctor_judges_the_environment(cli, monkeypatch):
+    monkeypatch.setenv("TPFUSE_KERNELS", "tritn")
+    status, out, _ = cli("doctor", "--json")
+    found = [f for f in json.loads(out) if f["area"] == "Settings"]
+    assert status == 0 and found[0]["detail"] == "tritn"
+    assert found[1]["usable"] is False and "did you mean 'triton'" in found[1]["detail"]
+
+
 def test_doctor_names_a_missing_compiler(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

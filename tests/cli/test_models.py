@@ -81,9 +81,16 @@ def test_a_gguf_file_is_dequantised_once(gguf_llama, tmp_path, monkeypatch):
     np.testing.assert_array_equal(got["lm_head.weight"], tensors["output.weight"])
     assert models.load_tokenizer(folder)("abc")["input_ids"] == [11, 5]
     monkeypatch.setattr(models, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(models, "writable", lambda *_: pytest.fail("a cache that has it need not be writable"))
     assert models.dequantised(source, torch.float32) == folder
     assert models.converted(source, torch.bfloat16) != folder
     assert not [p for p in folder.parent.iterdir() if p not in (folder, folder.with_name(f"{folder.name}.lock"))]
+
+
+def test_a_cache_that_cannot_be_written(gguf_llama, monkeypatch):
+    monkeypatch.setenv("TPFUSE_CACHE", "/proc/cache")
+    with pytest.raises(BadInput, match="^/proc/cache/models.*cannot be written: .*; .*TPFUSE_CACHE names another folder"):
+        models.dequantised(models.locate(str(gguf_llama[0])), torch.float32)
 
 
 def test_nothing_there(tmp_path):

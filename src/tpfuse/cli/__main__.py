@@ -107,7 +107,7 @@ def explain(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder (config.json is enough) or a GGUF file.")],
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks to shard over.")],
     device: Annotated[Device, typer.Option(help="Where it would run.")] = Device.cpu,
-    sm: Annotated[int, typer.Option(help="Compute capability of --device cuda: 90, 100 …")] = 90,
+    sm: Annotated[int, typer.Option(min=50, help="Compute capability of --device cuda: 90, 100 …")] = 90,
     dtype: Annotated[Dtype, typer.Option(help="The model's.")] = Dtype.bfloat16,
     strict: Strict = False,
     settings: Set = None,

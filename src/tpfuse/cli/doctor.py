@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tpfuse.cli import fit
 from tpfuse.cli.inputs import HF, version
-from tpfuse.config import table_path
+from tpfuse.config import Config, table_path
 from tpfuse.lowering.table import Table as Measured
 from tpfuse.raising import adapters
 from tpfuse.runtime.detect import detect, machine
@@ -40,7 +40,7 @@ class Fact:
 
 def examine() -> list[Fact]:
     """What this machine has.  Changes nothing and starts nothing on a GPU."""
-    return [*_versions(), *_devices(), *_links(), *_compiler(), *_backends(), *_table(), *_adapters()]
+    return [*_versions(), *_settings(), *_devices(), *_links(), *_compiler(), *_backends(), *_table(), *_adapters()]
 
 
 def show(console: Console, facts: list[Fact]) -> None:
@@ -64,6 +64,16 @@ def _versions() -> Iterator[Fact]:
     for package in PACKAGES:
         yield Fact("Versions", package, None, version(package) or "not installed")
     yield Fact("Versions", "CUDA of torch", None, torch.version.cuda or "none: this torch is built for CPUs")
+
+
+def _settings() -> Iterator[Fact]:
+    """What the environment sets, and what of it is wrong."""
+    for name in sorted(name for name in os.environ if name.startswith("TPFUSE_")):
+        yield Fact("Settings", name, None, os.environ[name])
+    try:
+        Config.of(None)
+    except ValueError as error:
+        yield Fact("Settings", "environment", False, str(error))
 
 
 def _devices() -> Iterator[Fact]:

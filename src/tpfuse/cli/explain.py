@@ -11,7 +11,8 @@ from rich.console import Console
 
 from tpfuse import shim
 from tpfuse.cli import models, tables
-from tpfuse.cli.inputs import writable
+from tpfuse.cli.inputs import BadInput, writable
+from tpfuse.cli.launch import cause
 from tpfuse.cli.page import page
 from tpfuse.compiler import explain
 from tpfuse.config import Config
@@ -37,6 +38,11 @@ def plan(path: str, tp: int, dtype: str, target: Target, config: Config) -> tupl
         model = models.build(found, tp, models.DTYPES[dtype])
         ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
         report = explain(model, input_ids=ids, use_cache=False, config=config, target=target)
+    except shim.TorchDynamoException as error:
+        if cause(error) is not error:  # raised below torch: it speaks for itself
+            raise
+        told = " ".join(str(error).split("\n\n")[0].split())
+        raise BadInput(f"{path}: torch {torch.__version__} cannot trace this model on {tp} ranks: {told}") from error
     finally:
         dist.destroy_process_group()
     return report, source.gguf or source.folder.name

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from tpfuse.cli.inputs import HF, BadInput, require
+from tpfuse.cli.inputs import HF, BadInput, require, writable
+from tpfuse.config import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -292,8 +293,7 @@ def converted(source: Source, dtype: torch.dtype) -> Path:
     path = source.path
     stat = path.stat()
     key = hashlib.sha256(f"{path} {stat.st_size} {stat.st_mtime_ns} {dtype}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "tpfuse" / "models" / f"{path.stem}-{key}"
+    return cache_folder() / "models" / f"{path.stem}-{key}"
 
 
 def dequantised(source: Source, dtype: torch.dtype) -> Path:
@@ -304,7 +304,12 @@ def dequantised(source: Source, dtype: torch.dtype) -> Path:
     from filelock import FileLock
 
     target = converted(source, dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():  # whole: a folder gets this name last; the cache may be for reading only
+        return target
+    try:
+        writable(target.with_suffix(".lock"))
+    except BadInput as error:
+        raise BadInput(f"{error}; converted weights are kept there, TPFUSE_CACHE names another folder") from error
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
