@@ -147,6 +147,27 @@ def test_branches_under_inductor():
     assert len(compiled.report.results) == 2 and compiled.report.fired()
 
 
+@pytest.mark.parametrize("of", ["rows", "number"])
+def test_sizes_that_the_data_decides_under_inductor(of):
+    """Rows that are picked by what they hold, all of them reduced, as an expert's are; a number read off a tensor."""
+    inner = Stack(HIDDEN, layers=1)
+
+    def model(x, chosen):
+        if of == "rows":
+            return inner(x[torch.nonzero(chosen).squeeze(1)])
+        count = chosen.sum().item()
+        torch._check(count >= 0)
+        return inner(x) * count
+
+    compiled = tpfuse.compile(model, {"ranges": (8,)}, dynamic=True, fullgraph=True)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True):
+        for tokens, chosen in ((8, 5), (8, 3), (20, 0)):
+            mask = torch.arange(tokens) < chosen
+            assert torch.allclose(compiled(rows(tokens), mask), model(rows(tokens), mask), rtol=1e-5, atol=1e-5)
+    (result,) = compiled.report.results
+    assert result.ops == ["all_reduce_add_rms_norm"] * 2
+
+
 class Recorder(CustomGraphPass):
     """Stands for the pass that held the slot before."""
 

@@ -110,6 +110,8 @@ def compile_graph(
     _share(report, raise_graph(gm.graph))
     verify(gm.graph, "raise")
     dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel, follow=True)
+    if dispatcher.by_data:
+        dispatcher.warm_as_traced()
     if len(kept) == len(inputs):
         return dispatcher
 

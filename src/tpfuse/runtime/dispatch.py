@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -97,7 +98,10 @@ class Dispatcher:
         device = next((v.device.type for v in self.placeholders if isinstance(v, torch.Tensor)), "cpu")
         self.targets = targets or functools.partial(detect, device)
         self.bindings = Bindings.of(self.placeholders)
-        self.tokens = token_expression(gm.graph)
+        self.tokens = token_expression(gm.graph, self.bindings.readers)
+        # Sizes that the data decides (`torch.nonzero`, `item`) are symbols of torch's own, made while it traced: nobody can renew
+        # them.  Such a graph has one range and is compiled at once, so that what Inductor asks of sizes becomes Dynamo's guards.
+        self.by_data = any("unbacked_bindings" in node.meta for node in gm.graph.nodes)
         self.table, events = table_of(config, machine(device), self.targets(None).versions)
         report.shared += events
         if follow and (config.table or device == "cuda"):
@@ -110,6 +114,8 @@ class Dispatcher:
     def _ranges(self) -> list[Range]:
         if self.tokens is None:
             return [Range(1, UNBOUNDED)]
+        if self.by_data:
+            return [Range(1, self.config.max_tokens or UNBOUNDED)]
         if isinstance(self.tokens, int):
             count = max(1, self.tokens)  # no tokens at all are served as one is
             return [Range(count, count)]
@@ -211,10 +217,11 @@ class Dispatcher:
 
     def _most_tokens(self, limits: Range, values: dict[Any, int]) -> int:
         """Tokens that a workspace is made for: the range's end, or today's count where it has none (calls with more go in
-        several launches)."""
+        several launches), or the largest size where nothing tells a count."""
         if limits.end < UNBOUNDED:
             return limits.end
-        return self.config.max_tokens or int(self.tokens.xreplace(values))
+        today = max(values.values(), default=1) if self.tokens is None else int(self.tokens.xreplace(values))
+        return self.config.max_tokens or today
 
     def plan(self, limits: Range) -> tuple[fx.Graph, RangeResult, dict[str, list[str]]]:
         """Fuse and lower a copy of the raised graph for one range → (final graph, what happened, schedule by group)."""
@@ -276,17 +283,21 @@ class Dispatcher:
     def _build(
         self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
     ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
-        """Inductor on the final graph, under symbols of its own; each rank of a host compiles what no other does."""
-        inputs, mode, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
-        renew_strides(graph, mode, symbols, values)
-        gm = fx.GraphModule(self.gm, graph)
-        renew_bodies(gm, mode, symbols, values)
+        """Inductor on the final graph, under symbols of its own (but see `by_data`) → the artifact, and the conditions on sizes under
+        which it holds.  Each rank of a host compiles what no other does."""
+        gm, inputs = fx.GraphModule(self.gm, graph), self.placeholders
+        context, conditions, symbols = contextlib.nullcontext, list[Any], {}
+        if not self.by_data:
+            inputs, mode, symbols = fresh_inputs(self.placeholders, values, self.tokens, limits)
+            renew_strides(graph, mode, symbols, values)
+            renew_bodies(gm, mode, symbols, values)
+            context, conditions = functools.partial(shim.tracing_under, mode), functools.partial(shim.guards_of, mode)
         patches = {**self.patches, **self._own(limits).get("inductor", {})}
         worlds = sorted((name, len(ranks)) for name, ranks in self._groups().items())
 
         def build() -> Callable[[list[Any]], Any]:
             # The graph names operators and groups: what those are is in declarations, and in the number of ranks.
-            with shim.tracing_under(mode), shim.inductor_patch(patches), shim.cache_tag(f"{sources('ir')} {worlds}"):
+            with context(), shim.inductor_patch(patches), shim.cache_tag(f"{sources('ir')} {worlds}"):
                 return shim.compile_fx_inner(gm, inputs, **self.kwargs)
 
         if everyone and shim.fx_cache_on():
@@ -294,7 +305,7 @@ class Dispatcher:
         else:
             call = build()
         back = {new: old for old, new in symbols.items() if new.is_Symbol}
-        return call, [g.xreplace(back) for g in shim.guards_of(mode)]
+        return call, [g.xreplace(back) for g in conditions()]
 
     def _dump(self, graph: fx.Graph, limits: Range, stage: str) -> None:
         if self.config.dump:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,21 @@ from tpfuse.ir.op import find
 from tpfuse.target import Range
 
 
-def token_expression(graph: fx.Graph) -> Any:
+def token_expression(graph: fx.Graph, readable: Container[Any]) -> Any:
     """Tokens: the rows that meet in the first collective, of all ranks together where each has its own; the product of their
-    leading dimensions.  A sympy expression, an int where the count is fixed, None where the graph holds no collective."""
+    leading dimensions.  A sympy expression, an int where the count is fixed, None where the graph holds no collective.
+
+    readable: the symbols that a call's arguments tell.  Rows of which there are as many as the data says (those of an expert)
+    are no tokens.
+    """
     for node in graph.nodes:
         op = find(node.target)
         if op is not None and op.collective:
             rows, gathers = node.args[0].meta["val"], op.name.startswith("all_gather")
             world = shim.resolve_group(op.bind(node.args, node.kwargs)["group"]).size() if gathers else 1
-            return shim.expression(world * math.prod(rows.shape[:-1]))
+            count = shim.expression(world * math.prod(rows.shape[:-1]))
+            if all(symbol in readable for symbol in getattr(count, "free_symbols", ())):
+                return count
     return None
 
 
