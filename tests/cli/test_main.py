@@ -19,6 +19,7 @@ from tpfuse.cli import doctor, inputs
         (("--tp", 2, "--set", "disable_passes=async_pt"), "did you mean 'async_tp'?"),
         (("--tp", 2, "--set", "fuel"), "expected field=value"),
         (("--tp", 2, "--compare", "--no-fuse"), "leave out --no-fuse"),
+        (("--tp", 2, "--strict", "--no-fuse"), "leave out --no-fuse"),
         (("--tp", 2, "--set", "timeout=soon"), "expected seconds"),
         (("--tp", 2, "--set", "table=/no/table.json"), "/no/table.json: cannot be read as a table"),
         (("--tp", 2, "--set", f"dump={__file__}"), "cannot be written"),
@@ -122,6 +123,13 @@ def test_doctor_names_a_missing_compiler(cli, monkeypatch, tmp_path):
     status, out, _ = cli("doctor")
     assert status == 0
     assert "none of g++, clang++, c++ found: Inductor cannot compile for CPUs" in " ".join(out.split())
+
+
+def test_no_compiler(llama, cli, monkeypatch):
+    monkeypatch.setenv("CXX", "/no/compiler")
+    monkeypatch.setattr("tpfuse.cli.run.launch", lambda *_, **__: pytest.fail("a rank was started"))
+    status, _, errors = cli("run", llama, "--tp", 2, "--device", "cpu")
+    assert status == 1 and "none of /no/compiler found: Inductor cannot compile for CPUs (CXX names it)" in errors
 
 
 def test_doctor_sees_a_compiler_given_by_name(monkeypatch, tmp_path):

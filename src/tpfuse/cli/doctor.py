@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpfuse.cli import fit
-from tpfuse.cli.inputs import HF, version
+from tpfuse.cli.inputs import HF, BadInput, cxx, version
 from tpfuse.config import Config, table_path
 from tpfuse.lowering.table import Table as Measured
 from tpfuse.raising import adapters
@@ -103,13 +103,11 @@ def _links() -> Iterator[Fact]:
 
 
 def _compiler() -> Iterator[Fact]:
-    """What Inductor needs to make code for CPUs, by the names that it looks for itself."""
-    wanted = os.environ.get("CXX")
-    names = [wanted] if wanted else ["g++", "clang++", "c++"]
-    found = next((path for name in names if (path := shutil.which(name))), None)
-    if found is None:
-        missing = f"none of {', '.join(names)} found: Inductor cannot compile for CPUs (apt install g++)"
-        yield Fact("Compilers", "C++", False, missing)
+    """What Inductor needs to make code for CPUs."""
+    try:
+        found = cxx()
+    except BadInput as error:
+        yield Fact("Compilers", "C++", False, str(error))
         return
     told = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=30, check=False).stdout
     yield Fact("Compilers", "C++", True, (told.splitlines() or [found])[0])

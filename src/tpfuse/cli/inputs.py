@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +95,18 @@ def require(what: str, *packages: str, extra: str) -> None:
     """BadInput, with what installs them, where packages are missing."""
     if missing := [package for package in packages if version(package) is None]:
         raise BadInput(f"{what} need {', '.join(missing)}: pip install 'tpfuse[{extra}]'")
+
+
+def cxx() -> str:
+    """The C++ compiler that Inductor makes code for CPUs with, by the names that it looks for itself.  BadInput where there is
+    none."""
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "clang++", "c++"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        what = "apt install g++, or name one in CXX" if not wanted else "CXX names it"
+        raise BadInput(f"none of {', '.join(names)} found: Inductor cannot compile for CPUs ({what})")
+    return found
 
 
 def version(package: str) -> str | None:

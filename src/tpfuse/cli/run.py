@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tpfuse.cli import models, tables
 from tpfuse.cli.generate import FUSED, UNFUSED, Job, Outcome, work
-from tpfuse.cli.inputs import BadInput, writable
+from tpfuse.cli.inputs import BadInput, cxx, writable
 from tpfuse.cli.launch import Place, launch
 from tpfuse.config import Config
 from tpfuse.files import write
@@ -28,6 +28,8 @@ def prepare(path: str, tp: int, prompt: str, new: int, device: str, dtype: str, 
     source = models.locate(path)
     if device == "cuda" and here > torch.cuda.device_count():
         raise BadInput(f"--tp {tp}, but {torch.cuda.device_count()} GPUs are visible")
+    if device == "cpu":
+        cxx()
     models.quiet()
     bars("loading", 0, 3)
     if source.gguf:
@@ -61,6 +63,8 @@ def run(
         raise BadInput(f"--tp {tp}, but {place.world} ranks were started")
     if compare and not fuse:
         raise BadInput("--compare shows the fused run beside the unfused one: leave out --no-fuse")
+    if not fuse and (config.verify or config.strict):
+        raise BadInput("--verify and --strict are about fused sites: leave out --no-fuse")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
     variants = ((FUSED,) if fuse else ()) + ((UNFUSED,) if compare or not fuse else ())
