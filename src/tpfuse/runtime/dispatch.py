@@ -283,8 +283,8 @@ class Dispatcher:
     def _build(
         self, graph: fx.Graph, limits: Range, values: dict[Any, int], everyone: list[tuple[int, ...]]
     ) -> tuple[Callable[[list[Any]], Any], list[Any]]:
-        """Inductor on the final graph, under symbols of its own (but see `by_data`) → the artifact, and the conditions on sizes under
-        which it holds.  Each rank of a host compiles what no other does."""
+        """Inductor on the final graph, under symbols of its own (but see `by_data`) → the artifact, and the conditions on sizes
+        under which it holds.  Each rank of a host compiles what no other does."""
         gm, inputs = fx.GraphModule(self.gm, graph), self.placeholders
         context, conditions, symbols = contextlib.nullcontext, list[Any], {}
         if not self.by_data:
