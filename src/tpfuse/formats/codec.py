@@ -30,7 +30,8 @@ def quantize(
         A group that does not divide cols is no error: the last group is as wide as what is left.
     """
     scheme, layout = checked(scale, scheme, layout)
-    return (quantize_fp8 if scheme.is_fp8 else quantize_nvfp4)(x, scale, scheme, layout)
+    q, scales = (quantize_fp8 if scheme.is_fp8 else quantize_nvfp4)(x, scale, scheme, layout)
+    return q.contiguous(), scales  # however x lies in memory
 
 
 def dequantize(
