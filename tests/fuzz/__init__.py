@@ -1,0 +1,1 @@
+"""A differential fuzzer of the rewrites: `python -m tests.fuzz --seconds N --seed S`."""
