@@ -89,5 +89,22 @@ def test_a_function():
 def test_errors_come_as_they_were_raised():
     with pytest.raises(ValueError, match="unknown option 'foo'"):
         tpfuse.compile(Model(), options={"foo": 1})(torch.randn(4, 32))
+    with pytest.raises(OSError, match="/no/table.json"):
+        tpfuse.compile(Model(), {"table": "/no/table.json"})(torch.randn(4, 32))
     with pytest.raises(tpfuse.FusionError, match="max_tokens=3"):
         tpfuse.compile(Model(), {"max_tokens": 3}, dynamic=True)(torch.randn(4, 32))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "told"),
+    [
+        (lambda: tpfuse.compile(Model(), strict=True), TypeError, r"tpfuse.compile\(model, \{'strict': …\}\)"),
+        (lambda: tpfuse.explain(Model(), torch.ones(1, 32), target="cuda"), TypeError, "expected a tpfuse.Target such as"),
+        (lambda: tpfuse.inductor_pass({}, (1, 256)), TypeError, r"expected a tpfuse.Range such as Range\(1, 256\), got tuple"),
+        (lambda: tpfuse.release("tp"), ValueError, "no process group is named 'tp'"),
+        (lambda: tpfuse.release(None), TypeError, "group must be a ProcessGroup, a one-dimensional DeviceMesh or a name"),
+    ],
+)
+def test_wrong_arguments_are_named(call, error, told):
+    with pytest.raises(error, match=told):
+        call()

@@ -161,6 +161,8 @@ def compile(model: Callable[..., Any], config: Config | Mapping[str, Any] | None
     """
     if not callable(model):
         raise TypeError(f"a module or a function is compiled, not {type(model).__name__}")
+    if given := [f.name for f in fields(Config) if f.name in kwargs]:
+        raise TypeError(f"{', '.join(given)}: fields of tpfuse.Config, to be given as tpfuse.compile(model, {{{given[0]!r}: …}})")
     return CompiledModel(model, Config.of(config), kwargs)
 
 
@@ -190,7 +192,7 @@ class CompiledModel:
         try:
             return self._call(*args, **kwargs)
         except shim.BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, FusionError | ValueError):
+            if isinstance(error.inner_exception, FusionError | ValueError | OSError):
                 raise error.inner_exception from None
             raise
 
@@ -251,6 +253,8 @@ def explain(
     report = Report()
     _last[:] = [report]
     config = Config.of(config)
+    if not isinstance(target, Target | None):
+        raise TypeError(f"target: expected a tpfuse.Target such as Target('cuda', sm=90), got {type(target).__name__}")
     targets = None if target is None else lambda group: replace(target, world=shim.resolve_group(group).size() if group else 1)
 
     def planner(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
@@ -348,4 +352,6 @@ def inductor_pass(
     config: as for `compile`.  range: the token counts that the graph will see (None: 1 … max_tokens).  then: the pass that held
     the slot before, run after tpfuse's.
     """
+    if not isinstance(range, Range | None):
+        raise TypeError(f"range: expected a tpfuse.Range such as Range(1, 256), got {type(range).__name__}")
     return InductorPass(Config.of(config), range, then)

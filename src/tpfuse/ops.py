@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tpfuse import ir, shim
@@ -52,16 +51,8 @@ ARGUMENTS = {
 
 
 def group_name(group: Any) -> str:
-    """The c10d name of a ProcessGroup, of a one-dimensional DeviceMesh, or of itself.  TypeError for anything else."""
-    if isinstance(group, str):
-        return group
-    if isinstance(group, dist.ProcessGroup):
-        return group.group_name
-    if isinstance(group, dist.DeviceMesh):
-        if group.ndim != 1:
-            raise TypeError(f"a mesh of one dimension is needed, got {group.mesh_dim_names or group.ndim}: mesh[name]")
-        return group.get_group().group_name
-    raise TypeError(f"group must be a ProcessGroup, a one-dimensional DeviceMesh or a name, got {type(group).__name__}")
+    """The c10d name of what `shim.group_of` takes."""
+    return group if isinstance(group, str) else shim.group_of(group).group_name
 
 
 def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
@@ -81,10 +72,7 @@ def _call(op: Op, *args: Any, kernels: str = "auto", **kwargs: Any) -> Any:
         return op.default(*bound.values())
     world = 1
     if op.collective:
-        try:
-            world = shim.resolve_group(bound["group"]).size()
-        except RuntimeError:
-            raise ValueError(f"{op.name}: no process group is named {bound['group']!r}; pass the ProcessGroup itself") from None
+        world = shim.group_of(bound["group"]).size()
     kind = op.name, kernels, world, *map(_kind, bound.values())
     try:
         launch = _launches.get(kind)

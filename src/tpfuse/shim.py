@@ -69,10 +69,20 @@ def join_fake_group(world: int) -> None:
 
 
 def group_of(group: Any) -> dist.ProcessGroup:
-    """A process group from itself, from its c10d name or from one dimension of a DeviceMesh."""
+    """A process group from itself, from its c10d name or from a one-dimensional DeviceMesh.  ValueError for a name that no group
+    has, TypeError for anything else."""
     if isinstance(group, str):
-        return resolve_group(group)
-    return group.get_group() if hasattr(group, "get_group") else group
+        try:
+            return resolve_group(group)
+        except RuntimeError:
+            raise ValueError(f"no process group is named {group!r}; pass the ProcessGroup itself") from None
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise TypeError(f"a mesh of one dimension is needed, got {group.mesh_dim_names or group.ndim}: mesh[name]")
+        return group.get_group()
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    raise TypeError(f"group must be a ProcessGroup, a one-dimensional DeviceMesh or a name, got {type(group).__name__}")
 
 
 def group_store(group: dist.ProcessGroup) -> dist.Store:

@@ -19,8 +19,8 @@ def prepare(
     """Make, or enlarge, the memory that tpfuse's own kernels exchange rows through.  GPUs only; all ranks of the group call it
     alike, never inside graph capture.  Compiled models do it themselves; direct calls of `tpfuse.ops` need it once before.
 
-    group: a ProcessGroup or its name, of 2 to 8 ranks.  max_tokens, hidden, dtypes: the largest call; more tokens go in several
-    launches, wider rows are an error.  channels: streams that call collectives of this group, graph capture's own counted.
+    group: a ProcessGroup, a DeviceMesh of one dimension or a name, of 2 to 8 ranks.  max_tokens, hidden, dtypes: the largest
+    call; more tokens go in several launches, wider rows are an error.  channels: streams that call collectives of this group, graph capture's own counted.
     concurrency: how many of them run at the same time; each gets its share of the multiprocessors.  timeout: seconds that a rank
     waits for its peers, here and in every kernel: from now on a peer that does not come ends the process with exit code 70 and an
     error that names it.
@@ -58,7 +58,7 @@ def release(group: Any) -> None:
     """Give the receive buffers and regions of a group back, on all its ranks alike, to use the memory for something else.  After
     `restore` captured graphs are valid again, but for those with products next to collectives.
 
-    group: a ProcessGroup or its name.  Raises FusionError where nothing was prepared, or a rank does not come in time."""
+    group: as for `prepare`.  Raises FusionError where nothing was prepared, or a rank does not come in time."""
     from tpfuse.kernels import regions, workspace
 
     if not regions.release(group) or workspace.is_prepared(group):
@@ -68,7 +68,7 @@ def release(group: Any) -> None:
 def restore(group: Any) -> None:
     """Allocate and exchange what `release` gave back again, on all ranks of the group alike; nothing where it is there.
 
-    group: a ProcessGroup or its name.  Raises FusionError where nothing was prepared, or a rank does not come in time."""
+    group: as for `prepare`.  Raises FusionError where nothing was prepared, or a rank does not come in time."""
     from tpfuse.kernels import regions, workspace
 
     if not regions.restore(group) or workspace.is_prepared(group):
