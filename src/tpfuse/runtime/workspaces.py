@@ -20,10 +20,10 @@ def prepare(
     alike, never inside graph capture.  Compiled models do it themselves; direct calls of `tpfuse.ops` need it once before.
 
     group: a ProcessGroup, a DeviceMesh of one dimension or a name, of 2 to 8 ranks.  max_tokens, hidden, dtypes: the largest
-    call; more tokens go in several launches, wider rows are an error.  channels: streams that call collectives of this group, graph capture's own counted.
-    concurrency: how many of them run at the same time; each gets its share of the multiprocessors.  timeout: seconds that a rank
-    waits for its peers, here and in every kernel: from now on a peer that does not come ends the process with exit code 70 and an
-    error that names it.
+    call; more tokens go in several launches, wider rows are an error.  channels: streams that call collectives of this group,
+    graph capture's own counted.  concurrency: how many of them run at the same time; each gets its share of the multiprocessors.
+    timeout: seconds that a rank waits for its peers, here and in every kernel: from now on a peer that does not come ends the
+    process with exit code 70 and an error that names it.
 
     Raises FusionError, with the ranks named, where one does not come in time or asks for something else.
     """
