@@ -23,6 +23,7 @@ from tpfuse.report import Decline, Event, FusionError, Report
 from tpfuse.rewrite.listing import listing
 from tpfuse.runtime.dispatch import Dispatcher
 from tpfuse.runtime.key import cache_key
+from tpfuse.runtime.planner import Planner
 from tpfuse.shim import CustomGraphPass
 from tpfuse.target import UNBOUNDED, Range, Target
 
@@ -109,7 +110,7 @@ def compile_graph(
     check_calls(gm.graph)
     _share(report, raise_graph(gm.graph))
     verify(gm.graph, "raise")
-    dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel, follow=True)
+    dispatcher = Dispatcher(gm, kwargs, config, patches, report, fuel)
     if dispatcher.by_data:
         dispatcher.warm_as_traced()
     if len(kept) == len(inputs):
@@ -257,22 +258,22 @@ def explain(
         raise TypeError(f"target: expected a tpfuse.Target such as Target('cuda', sm=90), got {type(target).__name__}")
     targets = None if target is None else lambda group: replace(target, world=shim.resolve_group(group).size() if group else 1)
 
-    def planner(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
+    def planned(gm: fx.GraphModule, inputs: Sequence[Any], **inner: Any) -> Callable[[list[Any]], Any]:
         outputs = shim.pytree_leaves(gm.graph.find_nodes(op="output")[0].args)
         zeros = [_zeros(n.meta["val"]) if isinstance(n, fx.Node) else n for n in outputs]
         before = listing(gm.graph)
         _share(report, raise_graph(gm.graph))
         verify(gm.graph, "raise")
-        dispatcher = Dispatcher(gm, inner, config, {}, report, Fuel(config.fuel), targets)
-        for limits in dispatcher.ranges:
-            graph, result, _ = dispatcher.plan(limits)
+        planner = Planner(gm, config, report, Fuel(config.fuel), targets)
+        for limits in planner.ranges:
+            graph, result, _ = planner.plan(limits)
             result.before, result.after = before, listing(graph)
             report.add(result)
         return shim.boxed(lambda *_: tuple(zeros))
 
     def whole(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         specialise_floats(gm.graph)
-        return shim.compile_fx(gm, inputs, planner, {})
+        return shim.compile_fx(gm, inputs, planned, {})
 
     args, kwargs = shim.tree_map_tensors(_off_meta, (args, kwargs))
     with torch.no_grad(), _weights_off_meta(model), shim.recompiled_at_will():
@@ -334,8 +335,8 @@ class InductorPass(CustomGraphPass):
         _share(self.report, raise_graph(graph))
         verify(graph, "raise")
         gm = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module
-        dispatcher = Dispatcher(gm, {}, self.config, {}, self.report, Fuel(self.config.fuel))
-        self.report.add(dispatcher.rewrite(graph, self.limits))
+        planner = Planner(gm, self.config, self.report, Fuel(self.config.fuel))
+        self.report.add(planner.rewrite(graph, self.limits))
         if self.then is not None:
             self.then(graph)
 
