@@ -32,7 +32,8 @@ _last: list[Report] = []
 
 
 def last_report() -> Report | None:
-    """The report of the model that was compiled last in this process; None before the first."""
+    """The report of what was compiled last in this process: a whole model of `tpfuse.compile`, one graph of Dynamo's under
+    `torch.compile(backend="tpfuse")`.  None before the first."""
     return _last[0] if _last else None
 
 
