@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tpfuse.testing import RankPool  # noqa: E402
+from tpfuse.testing import RankPool, interpreted  # noqa: E402
 
 TESTS = Path(__file__).parent
 torch.set_num_threads(1)
@@ -56,3 +56,22 @@ def group() -> Iterator[str]:
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """This process alone in a gloo group, nothing compiled before, gradients off."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def interpreted_rank(one_rank: None) -> Iterator[None]:
+    """The same, final graphs interpreted and not given to Inductor."""
+    with interpreted():
+        yield

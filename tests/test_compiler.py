@@ -10,16 +10,8 @@ import torch.distributed as dist
 
 import tpfuse
 from tests.models import Stack
-from tpfuse.testing import interpreted
 
-
-@pytest.fixture(autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    with torch.no_grad(), interpreted():
-        yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("interpreted_rank")
 
 
 def close(a, b):

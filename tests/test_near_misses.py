@@ -12,18 +12,11 @@ import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 
 import tpfuse
-from tpfuse.testing import interpreted
 
 HIDDEN = 32
 
 
-@pytest.fixture(autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    with interpreted():
-        yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("interpreted_rank")
 
 
 def reduced(x, op="sum"):
@@ -72,9 +65,8 @@ def inputs():
 def test_reason(name):
     code = name.split(": ")[-1]
     model, detail = MODELS[name]
-    with torch.no_grad():
-        compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
-        expected, got = model(*inputs()), compiled(*inputs())
+    compiled = tpfuse.compile(model, dynamic=True, fullgraph=True)
+    expected, got = model(*inputs()), compiled(*inputs())
     assert_close(got, expected)
     assert not compiled.report.fired() and "all_reduce_add_rms_norm" not in compiled.report.counts()
     mine = [e for e in compiled.report.declined() if e.reason.code == code]
@@ -89,11 +81,12 @@ def test_reason(name):
 def test_strict_names_the_site_and_the_reason():
     model, _ = MODELS["weight_dtype"]
     strict = tpfuse.compile(model, {"strict": True}, dynamic=True, fullgraph=True)
-    with torch.no_grad(), pytest.raises(Exception, match="(?s)strict.*all_reduce.*weight_dtype.*torch.float32"):
+    with pytest.raises(Exception, match="(?s)strict.*all_reduce.*weight_dtype.*torch.float32"):
         strict(*inputs())
     assert any(e.reason and e.reason.code == "weight_dtype" for e in strict.report.declined())
 
 
+@torch.enable_grad()
 def test_gradients():
     """A graph with gradients goes to plain Inductor, and says so."""
     x, residual, weight = inputs()

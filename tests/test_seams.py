@@ -8,7 +8,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import tpfuse
@@ -19,13 +18,7 @@ HIDDEN = 32
 ALL = 6  # sites of Stack
 
 
-@pytest.fixture(autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def rows(tokens=8):

@@ -4,24 +4,16 @@ import operator
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import tpfuse
 from tests.models import Stack
 from tpfuse.ir import find
 from tpfuse.runtime.dispatch import Dispatcher
-from tpfuse.testing import interpreted
 
 HIDDEN = 64
 
 
-@pytest.fixture(autouse=True)
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    torch._dynamo.reset()
-    with torch.no_grad(), interpreted():
-        yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("interpreted_rank")
 
 
 def final_graph(monkeypatch, model, config, x):
