@@ -87,6 +87,7 @@ def raise_rotary(graph: fx.Graph) -> list[Event]:
     number_collectives(graph)
     while found:
         first = found.pop(0)
+        # Only the next one: layers share their tables, and q and k of one layer follow one another.
         partner = next((t for t in found[:1] if first.partner(t) and not _depends(t.out, first.out)), None)
         if partner is None:
             first.out.meta[DECLINE] = Decline("unpaired", "no second rotation shares its tables")
