@@ -266,9 +266,10 @@ class Traced:
     def _sizes(self, i: int, arg: Tensor) -> StatelessSymbolicContext:
         """Dynamic: every size but 1, or the arguments' rows; none of strided ones: Dynamo alone tells strides."""
         kinds = [shim.DimDynamic.STATIC] * arg.dim()
+        usual = arg.stride() == torch.empty(arg.shape, device="meta").stride()
         for d, size in enumerate(arg.shape):
             rows = self.dynamic == "tokens" and d == 0 and i < len(ARGUMENTS)
-            if size > 1 and arg.is_contiguous() and (rows or self.dynamic == "all"):
+            if size > 1 and usual and (rows or self.dynamic == "all"):
                 kinds[d] = shim.DimDynamic.DYNAMIC
         return StatelessSymbolicContext(dynamic_sizes=kinds)
 
