@@ -82,8 +82,9 @@ def test_no_tokens(dynamic):
     assert len(compiled.report.results) == 2 and compiled.report.fired()
 
 
-def test_more_tokens_than_promised():
-    compiled = tpfuse.compile(Stack(), {"max_tokens": 16}, dynamic=True)
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_more_tokens_than_promised(dynamic):
+    compiled = tpfuse.compile(Stack(), {"max_tokens": 16}, dynamic=dynamic)
     compiled(torch.randn(16, 32))
     with pytest.raises(tpfuse.FusionError, match="17 tokens"):
         compiled(torch.randn(17, 32))

@@ -71,7 +71,7 @@ class Planner:
             return [Range(1, self.config.max_tokens or UNBOUNDED)]
         if isinstance(self.tokens, int):
             count = max(1, self.tokens)  # no tokens at all are served as one is
-            return [Range(count, count)]
+            return [Range(count, count)] if count <= (self.config.max_tokens or count) else []
         summing = [registry[name] for name in ("all_reduce", "reduce_scatter")]
         sums = [(n, op) for n in self.gm.graph.nodes if (op := find(n.target)) in summing]
         values = [(n.meta["val"], world_size(op.bind(n.args)["group"])) for n, op in sums]
