@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import tpfuse
 from tests.models import Stack
+from tpfuse.runtime.planner import Planner
 
 pytestmark = pytest.mark.usefixtures("interpreted_rank")
 
@@ -88,6 +89,23 @@ def test_more_tokens_than_promised(dynamic):
     compiled(torch.randn(16, 32))
     with pytest.raises(tpfuse.FusionError, match="17 tokens"):
         compiled(torch.randn(17, 32))
+
+
+def test_what_one_range_asks_of_sizes_does_not_bind_another(monkeypatch):
+    """torch's meta functions ask whether there are several rows: the first call has them."""
+    rewrite = Planner.rewrite
+
+    def asking(self, graph, limits):
+        tensors = [v for v in self.placeholders if isinstance(v, torch.Tensor)]
+        assert all(v.shape[0] // 2 >= 2 for v in tensors if isinstance(v.shape[0], torch.SymInt))
+        return rewrite(self, graph, limits)
+
+    monkeypatch.setattr(Planner, "rewrite", asking)
+    model = Stack()
+    compiled = tpfuse.compile(model, {"ranges": (23,)}, dynamic=True)
+    for tokens in (24, 2):
+        x = torch.randn(tokens, 32)
+        assert close(compiled(x), model(x))
 
 
 def test_epsilon_stays_a_constant_under_dynamic():

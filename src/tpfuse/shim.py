@@ -331,6 +331,14 @@ def expression(value: Any) -> Any:
     return value.node.expr if isinstance(value, SymInt) else value
 
 
+def without_guards(values: Sequence[Any]) -> AbstractContextManager[None]:
+    """Inside, what is asked of the symbolic sizes of a graph with these inputs adds no guard: Dynamo has written its own by then,
+    and the bounds of a size would go on to say what held for one call."""
+    modes = [v.fake_mode for v in values if isinstance(v, FakeTensor)]
+    env = modes[0].shape_env if modes else None
+    return contextlib.nullcontext() if env is None else env.suppress_guards()
+
+
 def symbol_bounds(value: SymInt, symbol: Any) -> tuple[int | None, int | None]:
     """The bounds that the graph's guards gave a symbol; None for none, a lower one of an integer that is no size."""
     bounds = value.node.shape_env.var_to_range[symbol]
