@@ -57,6 +57,18 @@ def test_shards_have_as_many_rows_on_every_rank(group):
     assert {str(g.expr) for g in tokens.node.shape_env.guards} <= {f"Ne((({tokens} + 1)//2), 1)"}
 
 
+def test_one_row_of_a_width_that_is_a_symbol(group):
+    """What is the same for all rows is taken by its width, which a node computes."""
+    gm = graph(chain(group), rows(1), rows(1), VECTOR, WEIGHT, tokens=HIDDEN)
+    assert isinstance(gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[1], torch.SymInt)
+    fused(gm, SP)
+    assert "reduce_scatter" in " ".join(names(gm))
+    given: list[object] = []
+    for node in gm.graph.nodes:
+        torch.fx.node.map_aggregate((node.args, node.kwargs), given.append)
+    assert not any(isinstance(value, torch.SymInt) for value in given)
+
+
 def test_the_policy_decides_before_anything_is_rewritten(group):
     gm, seen = graph(chain(group), *ARGS), []
 

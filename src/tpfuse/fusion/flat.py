@@ -3,6 +3,7 @@ rows behind a reduce-scatter, that no view stands between a product, its sum and
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -62,7 +63,9 @@ def _flat(graph: fx.Graph, value: Any) -> fx.Node:
         value = value.args[0]
     if tensor(value).dim() == 2:
         return value
-    return emit(graph, aten.reshape.default, (value, [-1, tensor(value).shape[-1]]), like=value)
+    *lead, width = tensor(value).shape
+    sizes = [-1, width] if isinstance(width, int) else [math.prod(lead), -1]  # one size at most is no number
+    return emit(graph, aten.reshape.default, (value, sizes), like=value)
 
 
 def _replace(graph: fx.Graph, node: fx.Node, flat: fx.Node) -> fx.Node:

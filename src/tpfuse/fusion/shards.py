@@ -89,8 +89,7 @@ class Shards:
             outside.remove(view)
         whole = flat
         if outside and not same_shape(tensor(flat), tensor(node)):
-            lead = [self.sizes.get(n) for n in tensor(node).shape[:-1]]
-            whole = self._reshape(flat, [*lead, tensor(node).shape[-1]])
+            whole = self._reshape(flat, tensor(node).shape)
         for user in outside:
             user.replace_input_with(node, whole)
 
@@ -119,7 +118,7 @@ class Shards:
         return result_at(whole, index) or emit(self.graph, operator.getitem, (whole, index), like)
 
     def _reshape(self, value: fx.Node, sizes: Sequence[Any]) -> fx.Node:
-        return self._emit(aten.reshape.default, (value, list(sizes)), value)
+        return self._emit(aten.reshape.default, (value, list(map(self.sizes.get, sizes))), value)
 
     def _emit(self, target: Any, args: Sequence[Any], like: fx.Node) -> fx.Node:
         return emit(self.graph, target, args, like)

@@ -72,7 +72,7 @@ def join_heads(graph: fx.Graph) -> list[Event]:
         batch, tokens, heads, width = tensor(node).shape
         sizes = [batch, -1] if isinstance(batch, int) else [-1, tokens]
         copies = [node, *(u for u in node.users if is_call(u, aten.clone.default))]
-        if not isinstance(sizes[1], int) or not isinstance(heads, int):
+        if not all(isinstance(n, int) for n in (sizes[1], heads, width)):
             continue
         for view in [u for copy in copies for u in copy.users if is_call(u, *VIEWS)]:
             if not same(tensor(view).shape[-1], heads * width):
