@@ -2,9 +2,9 @@
 
     python benchmarks/again.py --out FOLDER [--world 2] [--only tune_products,gemm] [--flashinfer]
 
-Without `--only` every step runs, an hour in all.  A step that fails or takes longer than its time ends alone, with what it had
-measured written; the others go on, and the exit status tells.  What needs FlashInfer, which takes minutes to build, runs with
-`--flashinfer` alone.  Files are called STEP-GPU-WORLD.json: `gemm-h100-2.json`.
+Without `--only` every step runs, an hour in all.  A step that fails or takes longer than its time ends alone: what a benchmark
+had measured by then is written, a table is not.  The others go on, and the exit status tells.  What needs FlashInfer, which takes
+minutes to build, runs with `--flashinfer` alone.  Files are called STEP-GPU-WORLD.json: `gemm-h100-2.json`.
 """
 
 from __future__ import annotations

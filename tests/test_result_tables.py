@@ -170,3 +170,19 @@ def test_text_around_a_block_stays():
     assert tables.replaced(text, "new", "points") == "a\n<!-- points:begin -->\nnew\n<!-- points:end -->\nb\n"
     with pytest.raises(ValueError, match="no markers"):
         tables.replaced("a", "new", "points")
+
+
+def test_a_picture_stands_beside_the_figures_that_are_quoted(tmp_path, monkeypatch):
+    """Of two runs of a step the table quotes the less favourable one, and the picture is that one's."""
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    def run(us):
+        times = {"nccl+inductor": 120.0, "nccl+inductor (A/A)": 121.0, "no_collective": 100.0, "tpfuse": us}
+        rows = [row(impl, t, n, op="decode") for n in (1, 8) for impl, t in times.items()]
+        return {**document(*rows), "what": "e2e"}
+
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}-decode.svg").touch()
+    text = tables.summary({"a.json": run(104.0), "b.json": run(110.0), "c.json": run(105.0)})
+    assert "50%" in text and "80%" not in text and "![b-decode]" in text and "![a-decode]" not in text

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,30 +155,39 @@ def summary(documents: Mapping[str, Mapping[str, Any]]) -> str:
     quoted from the one that is least favourable to tpfuse."""
     of_layers = {name: d for name, d in documents.items() if d["what"] == "e2e"}
     of_ranks = {name: d for name, d in documents.items() if d["what"] in ("collectives", "gemm")}
-    pictures: dict[str, str] = {}  # the first of each step, and of each kind of operator
-    for name, d in {**of_layers, **of_ranks}.items():
-        for family, picture in figures(name, d, ROOT).items():
-            pictures.setdefault(family if name in of_layers else d["what"], picture)
+    lines = Counter(name for name, _ in quoted(documents).values())
+    # A step's picture is of the file that most lines are quoted from, that of a kind of operator of the first.
+    pictures: dict[str, str] = {}
+    for name in sorted(of_layers, key=lambda name: lines[name]):
+        pictures |= figures(name, of_layers[name], ROOT)
+    for name, d in of_ranks.items():
+        for picture in figures(name, d, ROOT).values():
+            pictures.setdefault(d["what"], picture)
     last = [pictures.pop(what) for what in WHAT if what in pictures]
     loads = [served(name, d) for name, d in of_layers.items()]
     parts = [part for part in (steps(documents), *pictures.values(), *loads, operators(of_ranks), *last) if part]
     return "\n\n".join(parts) if parts else "No result with its peers has been recorded yet."
 
 
-def steps(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line for each step of a stack of layers: tpfuse beside the best of its peers.  "" where none was measured."""
-    plain, none = "nccl+inductor", "no_collective"
-    found: dict[tuple[Any, ...], tuple[str, dict[str, float]]] = {}
+def quoted(documents: Mapping[str, Mapping[str, Any]]) -> dict[tuple[Any, ...], tuple[str, dict[str, float]]]:
+    """By step, scheme and sizes of a stack of layers the file that is least favourable to tpfuse, and its times."""
+    plain, found = "nccl+inductor", dict[tuple[Any, ...], tuple[str, dict[str, float]]]()
     for name, document in documents.items():
         for where, times in _steps(document).items() if document["what"] == "e2e" else ():
             held = found.get(where)
             if "tpfuse" in times and (held is None or times[plain] / times["tpfuse"] < held[1][plain] / held[1]["tpfuse"]):
                 found[where] = name, times
-    if not found:
+    return found
+
+
+def steps(documents: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each step of a stack of layers: tpfuse beside the best of its peers.  "" where none was measured."""
+    plain, none = "nccl+inductor", "no_collective"
+    if not (found := quoted(documents)):
         return ""
     lines = [
         "Whole layers, microseconds a layer (speed-up over NCCL with Inductor); *closed* is the share of what the collectives "
-        "cost that was won back:", "",
+        "cost that was won back.  What was measured twice is quoted from the run that is less favourable to tpfuse:", "",
         "| step | scheme | hidden | tokens | NCCL + Inductor | best other peer | **tpfuse** | no collectives | closed |",
         "|" + "---|" * 9,
     ]  # fmt: skip
