@@ -45,7 +45,9 @@ def test_operands_are_whole_vectors() -> None:
     parts = [whole[1 + 64 * i : 65 + 64 * i] for i in range(3)]
     bias, weight, weight2 = parts
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
-    call = NormCall("", x, (False, False, True, True), weight, 1e-6, 0.0, "cast_first", bias=bias, weight2=weight2)
+    scale = torch.rand(3)[1]
+    call = NormCall("", x, (False, False, True, True), weight, 1e-6, 0.0, "cast_first", bias=bias, weight2=weight2, scale=scale)
+    assert call.given()[4] is scale  # a copy would be a launch of its own
     for given, own in zip(call.given()[1:4], parts, strict=True):
         assert given is not None and given.data_ptr() % 16 == 0 and torch.equal(given, own)
 

@@ -81,9 +81,9 @@ class NormCall:
         return tuple(outputs) if self.scheme else (outputs.norm, outputs.reduced)
 
     def given(self) -> tuple[Tensor | None, ...]:
-        """residual, bias, weight, weight2, scale as kernels read them."""
-        small = (None if t is None else vectors_of(t) for t in (self.bias, self.weight, self.weight2, self.scale))
-        return None if self.residual is None else rows_of(self.residual), *small
+        """residual, bias, weight, weight2, scale as kernels read them: the scale is one number, wherever it lies."""
+        small = (None if t is None else vectors_of(t) for t in (self.bias, self.weight, self.weight2))
+        return None if self.residual is None else rows_of(self.residual), *small, self.scale
 
     def operands(self, x: Tensor, outputs: Outputs) -> tuple[Tensor, ...]:
         """The Triton kernels' pointers after x; `x` itself stands in for those that are absent."""
