@@ -195,6 +195,10 @@ def test_attention_is_measured_where_heads_are_given(cli, monkeypatch, tmp_path)
     status, _, errors = cli("tune", "--tokens", "", "--scheme", "none", "--head-dims", "64x64")
     assert status == 1 and "nothing to measure" in errors
 
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    status, _, errors = cli("tune", "--tp", 1, *options, "--head-dims", "64x64,192x128")
+    assert status == 0 and jobs[1].attentions == job.attentions, errors
+
 
 def test_products_of_a_size_that_was_cut_off_make_no_entry():
     points = tune.products_of([""], [4096], [14336], [128, 512], 2, "bfloat16")
@@ -206,7 +210,9 @@ def test_ranks_need_gpus(cli, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     status, _, errors = cli("tune", "--tp", 2)
     assert status == 1 and "1 GPUs are visible" in errors
-
+    for options in ((), ("--tokens", "", "--hidden", 4096, "--intermediate", 14336)):
+        status, _, errors = cli("tune", "--tp", 1, *options)
+        assert status == 1 and "one rank measures attention alone" in errors
 
 
 def test_both_forms_of_a_residual_are_measured_where_asked(cli, monkeypatch, tmp_path):

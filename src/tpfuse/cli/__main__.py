@@ -222,7 +222,7 @@ def gemm(
 
 @app.command()
 def tune(
-    world: World = 2,
+    world: Annotated[int, typer.Option("--world", "--tp", min=1, help="Ranks, a GPU each; one measures --head-dims alone.")] = 2,
     tokens: Annotated[str | None, typer.Option(metavar="N,N,…", help='Of the all-reduces; "" for none.')] = None,
     hidden: Hidden = None,
     scheme: Schemes = None,

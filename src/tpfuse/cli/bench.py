@@ -69,11 +69,11 @@ def collectives(
 
 
 def need_gpus(world: int) -> Place | None:
-    """torchrun's place if there is one.  BadInput where the ranks and the GPUs are not as many."""
+    """torchrun's place if there is one.  BadInput where there is no GPU for each rank."""
     place = Place.of_torchrun()
     if place is not None and place.world != world:
         raise BadInput(f"--world {world}, but {place.world} ranks were started")
-    if world < 2 or (place.local_world if place else world) > torch.cuda.device_count():
+    if (place.local_world if place else world) > torch.cuda.device_count():
         raise BadInput(f"--world {world}, but {torch.cuda.device_count()} GPUs are visible: a rank needs a GPU of its own")
     return place
 

@@ -54,6 +54,8 @@ def run(
     samples: Path | None,
 ) -> None:  # fmt: skip
     """The command: see `tpfuse tune --help`.  Raises BadInput, RankError or TimeoutError."""
+    if world == 1 and (tokens or intermediate):
+        raise BadInput('one rank measures attention alone: --tokens "" and --head-dims, without --intermediate')
     place = need_gpus(world)
     writable(out or table_path("machine"), samples)
     if out and out.exists():
