@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 
 def main(rank: int, world: int, port: int, case: str, module: str) -> None:
+    from tests.gpu.ranks import use_gpu
     from tpfuse.runtime.workspaces import prepare, release
 
     kernels = importlib.import_module(f"tpfuse.kernels.{module}")
 
-    torch.cuda.set_device(rank % torch.cuda.device_count())
+    use_gpu(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 def main(rank: int, world: int, port: int, operator: str, algorithm: str) -> None:
     from tests.gpu import problems
+    from tests.gpu.ranks import use_gpu
     from tpfuse.runtime.workspaces import prepare_gather, prepare_scatter
 
-    torch.cuda.set_device(rank)
+    use_gpu(rank)
     store = dist.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]

@@ -1,8 +1,11 @@
-"""Products next to collectives with data for all ranks, and what must come of them in float64."""
+"""Products next to collectives with data for all ranks, and what must come of them in float64.
+
+Many problems are made one at a time: ranks that share a GPU share its memory.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,57 +239,51 @@ SCHEMES = [
 ]  # fmt: skip
 
 
-def scaled_scatters(rank: int, world: int, group: str) -> list[tuple[Problem, str]]:
-    shapes, found = ((256, 4096), (1024, 1024), (2048, 128), (128, 5120)), []
+def scaled_scatters(rank: int, world: int, group: str) -> Iterator[tuple[Problem, str]]:
+    shapes = ((256, 4096), (1024, 1024), (2048, 128), (128, 5120))
     for i, tokens in enumerate(SIZES):
         for j, (scheme, layout) in enumerate(SCHEMES):
             bias = (i + j) % 3 == 0
             shape = shapes[(i + j) % 4 if tokens < 2048 else j % 2]
             problem = scaled_scatter(rank, world, group, tokens, *shape, scheme, layout, bias, 100 * i + 31 * j)
-            found.append((problem, ALGORITHMS["matmul_reduce_scatter"][(i + j) % 2]))
-    return found
+            yield problem, ALGORITHMS["matmul_reduce_scatter"][(i + j) % 2]
 
 
-def scaled_gathers(rank: int, world: int, group: str) -> list[tuple[Problem, str]]:
-    shapes, found = ((4096, (256, 128)), (1024, (512,)), (128, (128, 128, 1024)), (2048, (384,))), []
+def scaled_gathers(rank: int, world: int, group: str) -> Iterator[tuple[Problem, str]]:
+    shapes = ((4096, (256, 128)), (1024, (512,)), (128, (128, 128, 1024)), (2048, (384,)))
     for i, tokens in enumerate(SIZES):
         for j, (scheme, layout) in enumerate(SCHEMES):
             bias, keep, seed = (i + j) % 3 == 0, (i + j) % 2 == 0, 100 * i + 31 * j
             shape = shapes[(i + j) % 4 if tokens < 2048 else 1 + j % 2]
             problem = scaled_gather(rank, world, group, tokens, *shape, scheme, layout, bias, keep, seed)
-            found.append((problem, ALGORITHMS["all_gather_matmul"][(i // 2 + j) % 2]))
-    return found
+            yield problem, ALGORITHMS["all_gather_matmul"][(i // 2 + j) % 2]
 
 
-def with_norms(rank: int, world: int, group: str) -> list[tuple[Problem, str]]:
-    found = []
+def with_norms(rank: int, world: int, group: str) -> Iterator[tuple[Problem, str]]:
     for i, op in enumerate(overlap.WITH_NORM):
         for j, tokens in enumerate((1, 7, 64, 129, 700)):
             scheme, layout = SCHEMES[(i + j) % len(SCHEMES)]
             if not op.name.startswith("scaled") and not op.name.endswith("quantize"):
                 scheme, layout = "", ""
             problem = with_norm(rank, world, group, op.name, tokens, (512, 1024)[(i + j) % 2], scheme, layout, 10 * i + j)
-            found.append((problem, ALGORITHMS["matmul_reduce_scatter"][(i + j // 2) % 2]))
-    return found
+            yield problem, ALGORITHMS["matmul_reduce_scatter"][(i + j // 2) % 2]
 
 
-def scatters(rank: int, world: int, group: str) -> list[tuple[Problem, str]]:
+def scatters(rank: int, world: int, group: str) -> Iterator[tuple[Problem, str]]:
     """Sizes, shapes, dtypes, biases and algorithms in pairs."""
-    shapes, found = ((256, 4096), (1024, 1024), (2048, 16), (8, 5120)), []
+    shapes = ((256, 4096), (1024, 1024), (2048, 16), (8, 5120))
     for i, tokens in enumerate(SIZES):
         for j, algorithm in enumerate(ALGORITHMS["matmul_reduce_scatter"] * 2):
             dtype = torch.float16 if (i + j) % 3 == 1 else torch.bfloat16
             problem = scatter(rank, world, group, tokens, *shapes[(i + j) % 4], dtype, (i + j // 2) % 2 == 0, 100 * i + 31 * j)
-            found.append((problem, algorithm))
-    return found
+            yield problem, algorithm
 
 
-def gathers(rank: int, world: int, group: str) -> list[tuple[Problem, str]]:
-    shapes, found = ((4096, (256, 64)), (1024, (512,)), (16, (8, 16, 1024)), (5120, (48,))), []
+def gathers(rank: int, world: int, group: str) -> Iterator[tuple[Problem, str]]:
+    shapes = ((4096, (256, 64)), (1024, (512,)), (16, (8, 16, 1024)), (5120, (48,)))
     for i, tokens in enumerate(SIZES):
         for j, algorithm in enumerate(ALGORITHMS["all_gather_matmul"] * 2):
             dtype, seed = torch.float16 if (i + j) % 3 == 1 else torch.bfloat16, 100 * i + 31 * j
             k, widths = shapes[(i + j) % 4]
             problem = gather(rank, world, group, tokens, k, widths, dtype, (i + j // 2) % 2 == 0, (i + j) % 2 == 0, seed)
-            found.append((problem, algorithm))
-    return found
+            yield problem, algorithm

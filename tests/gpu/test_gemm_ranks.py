@@ -1,37 +1,31 @@
-"""Products next to collectives between GPUs, a process and a GPU per rank: arithmetic, turns, poison, replay, lost peers.
-
-As many ranks as there are GPUs (`TPFUSE_TEST_WORLD` asks for fewer).
-"""
+"""Products next to collectives between ranks (see ranks.py), a process each, on GPUs of their own or shared: arithmetic, turns,
+poison, replay, lost peers."""
 
 from __future__ import annotations
 
 import functools
-import os
 import random
-import socket
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpu.ranks import SHARED, WORLD, fewer, run_script, use_gpu
 from tests.kernels.spawned import run_spawned
 
 pytest.importorskip("triton")
-WORLD = int(os.environ.get("TPFUSE_TEST_WORLD", torch.cuda.device_count()))
-pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(300)]
-ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # equal calls give equal bits, whatever stream they are on
+pytestmark = pytest.mark.timeout(300)
+ENVIRONMENT = {**SHARED, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # equal calls give equal bits, whatever stream they are on
 
 
 def begin(rank: int, max_tokens: int, hidden: int) -> str:
     """Everything prepared for so many rows; more go in turns."""
     from tpfuse.runtime import workspaces
 
-    torch.cuda.set_device(rank)
+    use_gpu(rank)
+    dist.barrier()  # the bound of a wait is for what follows
     torch.use_deterministic_algorithms(True)  # which fills empty tensors with NaN
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     for prepare in (workspaces.prepare, workspaces.prepare_scatter, workspaces.prepare_gather):
@@ -62,14 +56,15 @@ def every_case(rank: int, world: int) -> dict[str, tuple[int, list[str]]]:
 
     group, outcome = begin(rank, 2100, 5120), {}
     for kind in KINDS:
-        wrong, cases = [], getattr(problems, kind)(rank, world, group)
-        for problem, algorithm in cases:
+        wrong, count = [], 0
+        for problem, algorithm in getattr(problems, kind)(rank, world, group):
+            count += 1
             poison(group)
             try:
                 problem.check(problem.launcher(algorithm)(), algorithm)
             except Exception as error:
                 wrong.append(f"{problem.name} {algorithm} {problem.what}: {error!r}")
-        outcome[kind] = len(cases), wrong
+        outcome[kind] = count, wrong
     return outcome
 
 
@@ -149,7 +144,7 @@ def back_to_back(rank: int, world: int, count: int) -> int:
         with torch.cuda.graph(graph):
             outputs = [calls[index][2]() for index in chosen]
         graphs.append((graph, chosen, outputs))
-    for step in range(100):
+    for step in range(fewer(100)):
         graph, chosen, outputs = graphs[generator.randrange(4)]
         for results in outputs:
             for t in results:
@@ -166,7 +161,7 @@ def back_to_back(rank: int, world: int, count: int) -> int:
 
 
 def test_back_to_back_and_replay() -> None:
-    run_spawned(back_to_back, WORLD, 2_000, environment=ENVIRONMENT, keep=True, timeout=150)
+    run_spawned(back_to_back, WORLD, fewer(2_000), environment=ENVIRONMENT, keep=True, timeout=150)
 
 
 def release_and_restore(rank: int, world: int) -> None:
@@ -212,29 +207,9 @@ def test_release_and_restore() -> None:
 LOST = [("matmul_reduce_scatter", "chunked"), ("all_gather_matmul", "chunked"), ("all_gather_matmul", "push")]
 
 
-def test_a_peer_that_does_not_come_is_named() -> None:
-    """Within the bound of 5 s, start-up and compilation aside; the three cases run side by side."""
-    root, script = Path(__file__).parents[2], Path(__file__).with_name("lost_product.py")
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}"}
-    ranks: list[list[subprocess.Popen[str]]] = []
-    try:
-        for operator, algorithm in LOST:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            ranks.append([
-                subprocess.Popen(
-                    [sys.executable, str(script), str(rank), str(WORLD), str(port), operator, algorithm], env=environment,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                )
-                for rank in range(WORLD)
-            ])  # fmt: skip
-        for (operator, _), processes in zip(LOST, ranks, strict=True):
-            said = processes[0].communicate(timeout=90)[0]
-            assert f"{operator}: rank 0 waited in vain for rank {WORLD - 1} (call 3 of its channel)" in said, said
-            assert processes[0].returncode != 0 and "finished" not in said
-    finally:
-        for processes in ranks:
-            for process in processes:
-                process.kill()
-                process.wait()
+@pytest.mark.parametrize("operator, algorithm", LOST)
+def test_a_peer_that_does_not_come_is_named(operator: str, algorithm: str) -> None:
+    """Within the bound of 5 s, start-up and compilation aside."""
+    said, code = run_script("lost_product.py", operator, algorithm)
+    assert f"{operator}: rank 0 waited in vain for rank {WORLD - 1} (call 3 of its channel)" in said, said
+    assert code != 0 and "finished" not in said

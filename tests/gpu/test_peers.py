@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gpu.test_ranks import WORLD, digest, same_everywhere
+from tests.gpu.ranks import WORLD, own_gpus
+from tests.gpu.test_ranks import digest, same_everywhere
 from tests.kernels.spawned import run_spawned
 
 pytest.importorskip("triton")
-pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(400)]
+pytestmark = [own_gpus, pytest.mark.timeout(400)]
 SCHEMES = [("", ""), ("fp8_tensor", "row"), ("fp8_group128", "col+tma+ue8m0_packed"), ("fp8_token", "row")]
 SIZES = [(1, 4096), (3, 1040), (33, 5120), (129, 8192), (700, 4096)]  # the last in several launches
 ROOM = (256, 8192)

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 import tpfuse
+from tests.gpu.ranks import use_gpu
 from tests.models import Stack
 
 
 def run_stack(rank, world, dtype, options):
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+    device = use_gpu(rank)
     torch._dynamo.reset()
     model = Stack(hidden=256, layers=3, rank=rank).to(device, dtype)
     compiled = tpfuse.compile(model, {"kernels": "reference", **options}, dynamic=True, fullgraph=True)

@@ -1,13 +1,13 @@
-"""The collective kernels between GPUs, a process and a GPU per rank: arithmetic, protocol, replay, groups and streams.
+"""The collective kernels between ranks, a process each, on GPUs of their own or shared: arithmetic, protocol, replay, groups and
+streams.
 
-As many ranks as there are GPUs (`TPFUSE_TEST_WORLD` asks for fewer).  The ranks are started once a test; each checks its own
-results against float64, and that the others have the same bits.
+The ranks (see ranks.py) stay from test to test; each checks its own results against float64, and that the others have the same
+bits.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpu.ranks import SHARED, WORLD, fewer, use_gpu
 from tests.kernels.spawned import run_spawned
 
 pytest.importorskip("triton")
-WORLD = int(os.environ.get("TPFUSE_TEST_WORLD", torch.cuda.device_count()))
-pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 ALGORITHMS = ["triton:one_shot", "triton:two_shot", "cuda:one_shot"]
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
@@ -38,7 +38,8 @@ def begin(rank: int, max_tokens: int, hidden: int, **options: Any) -> Any:
     from tpfuse.kernels.workspace import channel_of
     from tpfuse.runtime.workspaces import prepare
 
-    torch.cuda.set_device(rank)
+    use_gpu(rank)
+    dist.barrier()  # the bound of a wait is for what follows
     torch.use_deterministic_algorithms(True)  # which fills empty tensors with NaN
     group = dist.group.WORLD.group_name  # type: ignore[union-attr]
     prepare(group, max_tokens, hidden, timeout=20.0, **options)
@@ -81,7 +82,7 @@ def every_case(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_schemes_and_sizes(algorithm: str) -> None:
-    assert all(n >= 40 for n in run_spawned(every_case, WORLD, algorithm, environment={}, keep=True, timeout=200))
+    assert all(n >= 40 for n in run_spawned(every_case, WORLD, algorithm, environment=SHARED, keep=True, timeout=200))
 
 
 def sandwich_bias_alpha(rank: int, world: int, algorithm: str) -> int:
@@ -110,7 +111,7 @@ def sandwich_bias_alpha(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_sandwich_bias_and_scale(algorithm: str) -> None:
-    run_spawned(sandwich_bias_alpha, WORLD, algorithm, environment={}, keep=True, timeout=120)
+    run_spawned(sandwich_bias_alpha, WORLD, algorithm, environment=SHARED, keep=True, timeout=120)
 
 
 def special_values(rank: int, world: int, algorithm: str) -> int:
@@ -134,7 +135,7 @@ def special_values(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_special_values(algorithm: str) -> None:
-    run_spawned(special_values, WORLD, algorithm, environment={}, keep=True, timeout=120)
+    run_spawned(special_values, WORLD, algorithm, environment=SHARED, keep=True, timeout=120)
 
 
 def back_to_back(rank: int, world: int, algorithm: str, count: int) -> int:
@@ -166,7 +167,7 @@ def back_to_back(rank: int, world: int, algorithm: str, count: int) -> int:
         with torch.cuda.graph(graph):
             outputs = [launch(channel, prepared[size][rank]) for size in chosen]
         graphs.append((graph, chosen, outputs))
-    for step in range(200):
+    for step in range(fewer(200)):
         graph, chosen, outputs = graphs[generator.randrange(5)]
         for out in outputs:
             out.norm.fill_(float("nan"))
@@ -184,7 +185,7 @@ def back_to_back(rank: int, world: int, algorithm: str, count: int) -> int:
 
 @algorithms
 def test_back_to_back_and_replay(algorithm: str) -> None:
-    run_spawned(back_to_back, WORLD, algorithm, 10_000, environment={}, keep=True, timeout=200)
+    run_spawned(back_to_back, WORLD, algorithm, fewer(10_000), environment=SHARED, keep=True, timeout=200)
 
 
 def groups_and_streams(rank: int, world: int, algorithm: str) -> int:
@@ -224,7 +225,7 @@ def groups_and_streams(rank: int, world: int, algorithm: str) -> int:
 
 @algorithms
 def test_groups_streams_and_restore(algorithm: str) -> None:
-    run_spawned(groups_and_streams, WORLD, algorithm, environment={}, keep=True, timeout=120)
+    run_spawned(groups_and_streams, WORLD, algorithm, environment=SHARED, keep=True, timeout=120)
 
 
 def sharded_cases(rank: int, world: int) -> int:
@@ -274,7 +275,7 @@ def sharded_cases(rank: int, world: int) -> int:
     torch.use_deterministic_algorithms(False)
     generator, own_pace = random.Random(0), random.Random(rank)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(3000):
+    for _ in range(fewer(3000)):
         call, wanted = generator.choice(prepared)
         if own_pace.random() < 0.05:
             torch.cuda._sleep(own_pace.randrange(200_000))
@@ -287,4 +288,4 @@ def sharded_cases(rank: int, world: int) -> int:
 
 
 def test_sharded() -> None:
-    run_spawned(sharded_cases, WORLD, environment={}, keep=True, timeout=250)
+    run_spawned(sharded_cases, WORLD, environment=SHARED, keep=True, timeout=250)

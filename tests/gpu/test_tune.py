@@ -1,21 +1,19 @@
-"""`tpfuse tune` between GPUs: a small table of everything that it measures."""
+"""`tpfuse tune`: a small table of everything that it measures, between GPUs and on one."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests.gpu.ranks import WORLD, own_gpus
 from tpfuse.lowering.table import Table
 from tpfuse.measure.points import ALONE
 
 pytest.importorskip("triton")
-WORLD = int(os.environ.get("TPFUSE_TEST_WORLD", torch.cuda.device_count()))
-pytestmark = [pytest.mark.skipif(WORLD < 2, reason="needs two GPUs"), pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 COUNTS = f"{64 * WORLD},{512 * WORLD}"
 COMMAND = [
     "tune", "--tp", str(WORLD), "--sequence-parallel", "--tokens", COUNTS, "--hidden", "1024", "--scheme", "none,fp8_token",
@@ -23,6 +21,7 @@ COMMAND = [
 ]  # fmt: skip
 
 
+@own_gpus
 def test_products_forms_and_sums_in_one_table(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     subprocess.run([sys.executable, "-m", "tpfuse.cli", *COMMAND, "--out", str(file)], check=True, timeout=380)
@@ -49,7 +48,7 @@ def test_products_forms_and_sums_in_one_table(tmp_path: Path) -> None:
 
 def test_attention_of_given_heads(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
-    given = ["tune", "--tp", str(WORLD), "--tokens", "", "--scheme", "fp8_tensor,nvfp4", "--head-dims", "64x64,192x128"]
+    given = ["tune", "--tp", "1", "--tokens", "", "--scheme", "fp8_tensor,nvfp4", "--head-dims", "64x64,192x128"]
     command = [sys.executable, "-m", "tpfuse.cli", *given, "--trials", "3", "--no-flashinfer", "--out", str(file)]
     subprocess.run(command, check=True, timeout=380)
     table = Table.load(file)

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.gpu.ranks import SHARED, WORLD, run_script, use_gpu
 from tests.kernels.spawned import run_spawned
-
-WORLD = max(2, torch.cuda.device_count())
-
-
-SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
 
 
 def use(rank: int, world: int) -> list[float]:
     """Prepare, call, enlarge, call, release, restore, replay an older graph, enlarge, replay; two groups, two channels."""
     from tpfuse.kernels import allreduce_norm, two_shot, workspace
 
-    torch.cuda.set_device(rank % torch.cuda.device_count())
+    use_gpu(rank)
     whole: Any = dist.group.WORLD
     other: Any = dist.new_group(list(range(world)))
     workspace.prepare(whole, 16, 1024)
@@ -104,24 +95,6 @@ ENDINGS += [(case, "cuda_norm") for case in ("killed", "shapes", "wide", "releas
 @pytest.mark.parametrize("case, module", ENDINGS)
 def test_a_peer_that_fails_is_named(case: str, module: str) -> None:
     """Within the bound of 5 s, start-up and compilation aside, with no process left behind."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = Path(__file__).with_name("lost_peer.py")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, **SHARED, "PYTHONPATH": f"{root / 'src'}:{root}"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(WORLD), str(port), case, module], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        said = ranks[0].communicate(timeout=90)[0]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
+    said, code = run_script("lost_peer.py", case, module)
     assert CASES[case] in said, said
-    assert ranks[0].returncode != 0 and "finished" not in said
+    assert code != 0 and "finished" not in said

@@ -65,10 +65,15 @@ def run_spawned(
 ) -> list[Any]:
     """`[fn(rank, world, *args) for each rank]` in one gloo group.  RuntimeError with the traceback of a rank that failed.
 
-    keep: by processes that stay for the next call that keeps, of so many ranks in such an environment, unless it fails.
+    keep: by processes that stay for the next call that keeps, of so many ranks in such an environment, unless it fails.  Others
+    end before new ones are started: they hold memory of a GPU that may be shared.
     """
     key = (world, *sorted(environment.items()))
-    ranks = (_kept.pop(key, None) if keep else None) or Ranks(world, environment)
+    ranks = _kept.pop(key, None) if keep else None
+    if ranks is None:
+        while _kept:
+            _kept.popitem()[1].close()
+        ranks = Ranks(world, environment)
     try:
         results = ranks.run(fn, args, timeout)
         if keep:
