@@ -69,9 +69,13 @@ def test_scatter(world: int, tokens: int) -> None:
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("world", [4, 8])
+@pytest.mark.parametrize("world", [4, 6])
 def test_copies_that_come_late(world: int) -> None:
-    """Products of later ranks' rows are done long before the first copy runs."""
+    """Products of later ranks' rows are done long before the first copy runs.
+
+    Seven ranks and more have too many streams for one process: some share a queue of the hardware, where one rank's wait
+    stands before what another would end it with.
+    """
     made = [problems.scatter(rank, world, "", 256, 128, 1024, torch.bfloat16, True, 2) for rank in range(world)]
 
     def launch(problem: Any) -> Callable[[Region], Any]:
