@@ -5,11 +5,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sympy
 import torch
 import torch.distributed as dist
 
 import tpfuse
 from tests.models import Stack
+from tpfuse.runtime.dispatch import Dispatcher
 from tpfuse.runtime.planner import Planner
 
 pytestmark = pytest.mark.usefixtures("interpreted_rank")
@@ -106,6 +108,22 @@ def test_what_one_range_asks_of_sizes_does_not_bind_another(monkeypatch):
     for tokens in (24, 2):
         x = torch.randn(tokens, 32)
         assert close(compiled(x), model(x))
+
+
+def test_a_range_compiled_again_and_again_is_told(monkeypatch, caplog):
+    build = Dispatcher._build
+
+    def tied(self, graph, limits, values, everyone):
+        return build(self, graph, limits, values, everyone)[0], [sympy.Eq(symbol, value) for symbol, value in values.items()]
+
+    monkeypatch.setattr(Dispatcher, "_build", tied)
+    model = Stack()
+    compiled = tpfuse.compile(model, dynamic=True)
+    for tokens in range(2, 12):
+        x = torch.randn(tokens, 32)
+        assert close(compiled(x), model(x))
+    (told,) = [r.getMessage() for r in caplog.records if "compiled 8 times" in r.getMessage()]
+    assert len(compiled.report.results) == 10 and "Eq(s" in told and told.endswith("compiled when they come")
 
 
 def test_epsilon_stays_a_constant_under_dynamic():

@@ -124,6 +124,31 @@ def test_graph_breaks():
     assert [e.reason.code for e in compiled.report.declined() if e.attributes.get("operator") == "all_reduce"] == ["leaves_graph"]
 
 
+def test_report_of_torch_compile_holds_every_graph():
+    """Those of a model with breaks, and of sizes that come later, until Dynamo is reset or options change."""
+
+    class Broken(Stack):
+        def forward(self, x):
+            x = self.layers[0](x)
+            torch._dynamo.graph_break()
+            return self.norm(self.layers[1](x))
+
+    def graphs(options, *counts):
+        compiled = torch.compile(Broken(HIDDEN), backend="tpfuse", dynamic=False, options=options)
+        for tokens in counts:
+            compiled(rows(tokens))
+        report = tpfuse.last_report()
+        return len(report.results), report.counts().get("all_reduce_add_rms_norm")
+
+    with interpreted():
+        assert graphs({}, 3) == (2, 3)
+        first = tpfuse.last_report()
+        assert graphs({"fuel": 2}, 3) == (2, 2)
+        assert graphs({}, 4, 5) == (4, 6)
+        torch._dynamo.reset()
+        assert graphs({}, 3) == (2, 3) and tpfuse.last_report() is not first
+
+
 def test_branches_under_inductor():
     """Each range has sizes of its own, and so have the graphs of the branches between its layers."""
 

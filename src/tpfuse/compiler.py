@@ -8,7 +8,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,44 @@ from tpfuse.shim import CustomGraphPass
 from tpfuse.target import UNBOUNDED, Range, Target
 
 log = logging.getLogger("tpfuse")
-_last: list[Report] = []
+
+
+@dataclass
+class _Compilation:
+    """What belongs to all graphs of one model.  settings: those of `torch.compile(backend="tpfuse")`.  frame: the last one of
+    Dynamo's that was compiled with them."""
+
+    report: Report
+    fuel: Fuel
+    settings: Any = None
+    frame: int = -1
+
+
+_last: list[_Compilation] = []
 
 
 def last_report() -> Report | None:
-    """The report of what was compiled last in this process: a whole model of `tpfuse.compile`, one graph of Dynamo's under
-    `torch.compile(backend="tpfuse")`.  None before the first."""
-    return _last[0] if _last else None
+    """The report of what was compiled last in this process.  None before the first.
+
+    Of `tpfuse.compile` it is of one model.  `torch.compile(backend="tpfuse")` hands over graphs and names no model: its report
+    is of all graphs that were compiled with the same options since `torch._dynamo.reset()`."""
+    return _last[0].report if _last else None
+
+
+def _begin(report: Report, config: Config) -> _Compilation:
+    """→ the last compilation from now on."""
+    _last[:] = [_Compilation(report, Fuel(config.fuel))]
+    return _last[0]
+
+
+def _go_on(config: Config, patches: dict[str, Any]) -> _Compilation:
+    """The compilation that a graph of `torch.compile(backend="tpfuse")` belongs to."""
+    frame, again = shim.dynamo_frame()
+    last, settings = _last[0] if _last else None, (config, patches)
+    if last is None or last.settings != settings or not (again or frame > last.frame):  # Dynamo's reset counts frames anew
+        last = _begin(Report(), config)
+    last.settings, last.frame = settings, max(frame, last.frame)
+    return last
 
 
 def backend(
@@ -46,9 +77,9 @@ def backend(
     ValueError for a name that neither knows.
     """
     own, patches = _split(options or {}, mode)
-    config, report = Config.of(own), Report()
-    _last[:] = [report]
-    return _compile(gm, inputs, config, patches, report, Fuel(config.fuel))
+    config = Config.of(own)
+    whole = _go_on(config, patches)
+    return _compile(gm, inputs, config, patches, whole.report, whole.fuel)
 
 
 def _compile(
@@ -181,14 +212,13 @@ class CompiledModel:
     _call: Callable[..., Any]
 
     def __init__(self, model: Callable[..., Any], config: Config, kwargs: dict[str, Any]) -> None:
-        report = Report()
         own, patches = _split(kwargs.pop("options", None) or {}, kwargs.pop("mode", None))
         if own:
             raise ValueError(f"{', '.join(own)}: fields of tpfuse.Config, to be given as config and not among Inductor's options")
-        _last[:] = [report]
-        bound = functools.partial(_compile, config=config, patches=patches, report=report, fuel=Fuel(config.fuel))
+        whole = _begin(Report(), config)
+        bound = functools.partial(_compile, config=config, patches=patches, report=whole.report, fuel=whole.fuel)
         bound.__name__ = "tpfuse"  # type: ignore[attr-defined]  torch names it in its errors
-        vars(self).update(report=report, _model=model, _call=torch.compile(model, backend=bound, **kwargs))
+        vars(self).update(report=whole.report, _model=model, _call=torch.compile(model, backend=bound, **kwargs))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -252,9 +282,8 @@ def explain(
     back end stands in for ranks.  config: as for `compile`.  target: None means this machine.
     FusionError under `Config(strict=True)` where an expected fusion would not happen.
     """
-    report = Report()
-    _last[:] = [report]
     config = Config.of(config)
+    report = _begin(Report(), config).report
     if not isinstance(target, Target | None):
         raise TypeError(f"target: expected a tpfuse.Target such as Target('cuda', sm=90), got {type(target).__name__}")
     targets = None if target is None else lambda group: replace(target, world=shim.resolve_group(group).size() if group else 1)
@@ -329,10 +358,10 @@ class InductorPass(CustomGraphPass):
             "no graph has passed through this pass; Inductor's cache may hold it, fused as it was when it was compiled: "
             "force_disable_caches=True compiles it anew"
         )
-        _last[:] = [self.report]
+        _begin(self.report, config)
 
     def __call__(self, graph: fx.Graph) -> None:
-        _last[:] = [self.report]
+        _begin(self.report, self.config)
         _share(self.report, raise_graph(graph))
         verify(graph, "raise")
         gm = fx.GraphModule({}, graph) if graph.owning_module is None else graph.owning_module

@@ -409,3 +409,10 @@ def auto_functionalized() -> Any:
     from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
     return auto_functionalized
+
+
+def dynamo_frame() -> tuple[int, bool]:
+    """The number of the frame that Dynamo compiles now, counted from its last reset, and whether it was compiled before; none is
+    compiled: -1."""
+    now = torch._guards.CompileContext.current_compile_id()
+    return (-1, False) if now is None or now.frame_id is None else (now.frame_id, bool(now.frame_compile_id))

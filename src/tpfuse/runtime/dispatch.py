@@ -34,6 +34,7 @@ from tpfuse.runtime.symbols import (
 from tpfuse.target import UNBOUNDED, Range
 
 log = logging.getLogger("tpfuse")
+MANY = 8  # artifacts of one range that are no longer a few exceptions
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
 _compiling = threading.RLock()  # of threads that need a range at the same time one compiles it, and agrees with the other ranks
 
@@ -148,6 +149,11 @@ class Dispatcher(Planner):
         shim.trace_artifact(f"tpfuse_graph_{self.number}_tokens_{limits}", lambda: "\n".join(map(str, result.events)))
         compiled = Compiled(self._checked(call) if self.config.verify else call, guards)
         self.compiled[limits].append(compiled)
+        if len(self.compiled[limits]) == MANY:
+            log.warning(
+                "graph %d, tokens %s: compiled %d times, since Inductor ties what it compiles to sizes (%s); other sizes are "
+                "compiled when they come", self.number, limits, MANY, ", ".join(map(str, guards)),
+            )  # fmt: skip
         return compiled
 
     def _checked(self, call: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
