@@ -164,6 +164,8 @@ MUTANTS = [
     Mutant("outer norm rounds as the inner", "ir/fused.py", "residual, weight2, eps2, weight_bias, rounding2)",
            "residual, weight2, eps2, weight_bias, rounding)",
            ("tests/fusion/test_rules.py::test_the_outer_norm_of_a_sandwich_may_stay_in_fp32",)),
+    Mutant("what is kept is quantised", "ir/tails.py", "results[:taken]", "results[-taken:]",
+           ("tests/ir/test_operators.py::test_reference_against_float64",)),
     Mutant("a damaged table is found late", "cli/inputs.py", "        read_table(config.table)", "        pass",
            ("tests/cli/test_main.py::test_bad_options_end_before_a_rank_starts",)),
     Mutant("misspelt variables pass", "config.py", "n=1, cutoff=0.75)", "n=1, cutoff=1.0)",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tpfuse.formats import Flagged, Scheme
 from tpfuse.ir.op import Args, Message, op
-from tpfuse.ir.quant import quant_sample, quantize
 from tpfuse.ir.samples import rows
+from tpfuse.ir.tails import quantized
 from tpfuse.report import Decline
 
 aten = torch.ops.aten
@@ -93,12 +93,6 @@ def _compute(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sc
     return torch.matmul(torch.softmax(scores, -1, dtype=wide).to(q.dtype), v)
 
 
-def _quantize_sample(**shape: Any) -> dict[str, Any]:
-    sample = {**_sample(**shape), **quant_sample(**shape)}
-    order = ("q", "k", "v", "mask", "scale", "softmax_scale", "causal", "method", "scheme", "layout")
-    return {name: sample[name] for name in order}
-
-
 def _whole_groups(args: Args) -> Decline | None:
     """An attention kernel finishes one head at a time: what one scale covers must lie in one head."""
     scheme, width = Scheme.parse(args["scheme"]), args["v"].shape[-1]
@@ -118,14 +112,4 @@ def _keys(args: Args) -> Message:
     return Message(v.shape[2], v.shape[3], q.dtype, across=q.shape[3], bounded=False)
 
 
-@op(
-    sample=_quantize_sample, rows="mixing", row_args=("q",), fuse="attention_quantize", guard=_whole_groups, message=_keys
-)  # fmt: skip
-def attention_quantize(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: Tensor | None, softmax_scale: float = 1.0,
-    causal: bool = False, method: str = "math", scheme: str = "fp8_tensor", layout: str = "row",
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`attention`, then `quantize` of its rows → (q, scales, attention)."""
-    out = attention(q, k, v, mask, softmax_scale, causal, method)
-    quantized, scales = quantize(out, scale, scheme, layout)
-    return quantized, scales, out
+attention_quantize = quantized(attention, "attention_quantize", guard=_whole_groups, message=_keys)

@@ -73,7 +73,7 @@ def rms_norm(
     return y.to(out).contiguous()
 
 
-def _add_norm_sample(**shape: Any) -> dict[str, Any]:
+def add_norm_sample(**shape: Any) -> dict[str, Any]:
     sample = norm_sample(**shape)
     return {"x": sample.pop("x"), "residual": rows(**{**shape, "seed": shape.get("seed", 0) + 1, "rank": 0}), **sample}
 
@@ -86,7 +86,7 @@ def _same_rows(args: Args) -> Decline | None:
 
 
 @op(
-    sample=_add_norm_sample, row_args=("x", "residual"), commutes=("x", "residual"), fuse="always", guard=_same_rows
+    sample=add_norm_sample, row_args=("x", "residual"), commutes=("x", "residual"), fuse="always", guard=_same_rows
 )  # fmt: skip
 def add_rms_norm(
     x: Tensor,

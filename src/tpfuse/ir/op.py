@@ -119,7 +119,7 @@ class Op:
         self.reference = reference
         self.name = reference.__name__
         self.doc = inspect.getdoc(reference) or ""
-        self.sample = sample
+        self._sample = sample
         self.rows = rows
         self.row_args = tuple(row_args)
         self.commutes = commutes
@@ -196,6 +196,11 @@ class Op:
         out = self.reference(*proxies)
         graph.output(tuple(o.node for o in out) if isinstance(out, tuple) else out.node)
         return graph
+
+    def sample(self, **shape: Any) -> dict[str, Any]:
+        """Arguments for tests by name, in the schema's order."""
+        made = self._sample(**shape)
+        return {name: made[name] for name in self.params if name in made}
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Arguments by name in the schema's order, defaults filled in.  TypeError for what does not fit."""
@@ -310,6 +315,7 @@ def op(
 ) -> Callable[[Callable[..., Any]], Op]:
     """Declare an operator.
 
+    sample: makes arguments for tests; what it makes besides the operator's own is left out, so that a family may share one.
     fuse: the pass whose rules are derived from the body, if any: a name of `config.PASSES`, or "always" for a composite that
     others build on.  commutes: two row arguments that may be exchanged.  guard: why a match must not become this operator.
     opaque: whether, for these arguments, the body must never be inlined: its aten form depends on the rank, or on whether

@@ -85,18 +85,15 @@ def _scheme(args: Args, target: Target) -> Decline | None:
     return None
 
 
-for _op in (
-    fused.all_reduce_rms_norm, fused.all_reduce_add_rms_norm, fused.all_reduce_rms_norm_quantize,
-    fused.all_reduce_add_rms_norm_quantize,
-):  # fmt: skip
+for _op in (op for op in fused.ALL_REDUCES if "weight2" not in op.params):
     _op.kernel("nccl", f"tpfuse.kernels.nccl:{_op.name}", reduced_supports, on_request=True)
     for _algorithm, _supports in (("one_shot", symmetric_supports), ("two_shot", two_shot_supports)):
         _op.kernel(
             "torch", f"tpfuse.kernels.torch_symm:{_algorithm}_{_op.name}", _supports, _algorithm,
             "tpfuse.kernels.torch_symm:prepare", on_request=True,
         )  # fmt: skip
-for _op in (fused.all_reduce_add_rms_norm, fused.all_reduce_add_rms_norm_quantize):
-    _op.kernel(
-        "flashinfer", f"tpfuse.kernels.flashinfer:{_op.name}", flashinfer_supports, "one_shot",
-        "tpfuse.kernels.flashinfer:prepare", on_request=True,
-    )  # fmt: skip
+    if "residual" in _op.params:
+        _op.kernel(
+            "flashinfer", f"tpfuse.kernels.flashinfer:{_op.name}", flashinfer_supports, "one_shot",
+            "tpfuse.kernels.flashinfer:prepare", on_request=True,
+        )  # fmt: skip

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from tpfuse.ir import fused
-from tpfuse.ir.op import Op
+from tpfuse.ir import Op, registry
 from tpfuse.measure.timing import slowest, summary
 
 NVLINK = 380e9  # bytes a second in one direction between two H100s, attainable
@@ -43,11 +42,7 @@ class Point:
 
     @property
     def op(self) -> Op:
-        names = {
-            (False, False): fused.all_reduce_rms_norm, (True, False): fused.all_reduce_add_rms_norm,
-            (False, True): fused.all_reduce_rms_norm_quantize, (True, True): fused.all_reduce_add_rms_norm_quantize,
-        }  # fmt: skip
-        return names[self.residual, bool(self.scheme)]
+        return registry[f"all_reduce_{'add_' * self.residual}rms_norm{'_quantize' * bool(self.scheme)}"]
 
     @property
     def layout(self) -> str:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tpfuse.ir import shard
-from tpfuse.ir.op import Op
+from tpfuse.ir import Op, registry
 from tpfuse.lowering import select
 from tpfuse.lowering.table import Table
 from tpfuse.measure.collectives import OWN, UNFUSED, Collectives, impl_of, shapes
@@ -32,9 +31,7 @@ class ShardedPoint(Point):
 
     @property
     def op(self) -> Op:
-        if self.scheme:
-            return shard.reduce_scatter_add_rms_norm_quantize_all_gather
-        return shard.reduce_scatter_add_rms_norm_all_gather
+        return registry[f"reduce_scatter_add_rms_norm{'_quantize' * bool(self.scheme)}_all_gather"]
 
     def limit_us(self, world: int) -> float:
         """Own rows' partial sums out and in, then the finished rows: the larger of the link's time and the memory's."""
