@@ -95,10 +95,10 @@ def test_one_launch() -> None:
 
 @pytest.mark.parametrize("scheme, layout", [("fp8_tensor", "row"), ("fp8_group128", "col+tma"), ("nvfp4", "swizzled_128x4")])
 def test_long_prompts_take_torchs_attention(scheme: str, layout: str) -> None:
-    from tpfuse.kernels.attention import MOST_KEYS
     from tpfuse.kernels.attention import attention_quantize as launch
+    from tpfuse.kernels.attention import most_keys
 
-    tokens = MOST_KEYS + 57
+    tokens = most_keys(128) + 57
     args = arguments(1, (4, 2), tokens, tokens, 128, 128, True, scheme, layout, dtype=torch.bfloat16, device="cuda")
     check(args)
     *_, last = names = launched(lambda: launch(*args.values(), alive=(True, True, False)))

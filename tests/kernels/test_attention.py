@@ -101,6 +101,19 @@ def test_every_scheme_and_width() -> None:
     assert run_spawned(run, 1, environment=INTERPRET, timeout=280) == [len(cases())]
 
 
+@pytest.mark.parametrize("width, keys, name", [
+    (64, 8192, "flash"), (64, 8193, "sdpa"), (96, 3072, "flash"), (128, 3073, "sdpa"), (192, 2049, "sdpa"), (256, 2048, "flash"),
+])  # fmt: skip
+def test_many_keys_take_torchs_attention(monkeypatch: pytest.MonkeyPatch, width: int, keys: int, name: str) -> None:
+    """From as many on as are measured to be too many, by the width of a head."""
+    from tpfuse.kernels import attention
+
+    for one in ("flash", "sdpa"):
+        monkeypatch.setattr(attention, one, lambda *args, alive, one=one: one)
+    q = torch.empty(1, 8, keys, width, device="meta")
+    assert attention.attention_quantize(q, q[:, :2], q[:, :2], alive=(True, True, False)) == name
+
+
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 @pytest.mark.parametrize("width, v_width", WIDTHS)
 @pytest.mark.parametrize(

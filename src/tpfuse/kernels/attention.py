@@ -6,7 +6,7 @@ A block takes one head of `BLOCK_M` queries and walks over the keys; what it fin
 scale may be of a tensor or of a group within a head, never of a whole row.
 
 To many keys torch's own attention is faster by more than a launch costs: there one kernel quantises its rows.  A table says
-from how many on; where nothing was measured it is `MOST_KEYS`.
+from how many on; where nothing was measured `most_keys` does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .plan import ceil_div
 from .signal import done, wait_for_inputs
 from .tiles import quantise_tile, zero_padding_tile
 
-MOST_KEYS = 4096  # measured for heads of 128 on an H100: attention-h100-1.json, attention_tiles-h100-1.json
+# Widths of a head of q and k, and keys up to which one launch was not slower: tune_attention-h200-1.json, attention-h100-1.json.
+MOST_KEYS = ((64, 8192), (128, 3072), (256, 2048))
 SIZES = ["tokens", "keys", "heads", "repeats", "rows", "stride_row", "stride_group"]
 
 
@@ -161,7 +162,11 @@ Results = tuple[Tensor, Tensor, Tensor]
 
 def attention_quantize(q, k, *rest, alive) -> Results:
     """By the number of keys, where no table says which is faster."""
-    return (sdpa if k.shape[2] > MOST_KEYS else flash)(q, k, *rest, alive=alive)
+    return (sdpa if k.shape[2] > most_keys(k.shape[3]) else flash)(q, k, *rest, alive=alive)
+
+
+def most_keys(width: int) -> int:
+    return next((most for widest, most in MOST_KEYS if width <= widest), MOST_KEYS[-1][1])
 
 
 def sdpa(q, k, v, mask, scale, softmax_scale, causal, method, scheme, layout, *, alive) -> Results:
