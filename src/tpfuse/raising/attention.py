@@ -152,7 +152,9 @@ def _lift(node: fx.Node) -> None:
     if not is_call(view, *VIEWS) or not is_call(view.args[0], registry["attention"].default):  # type: ignore[union-attr]
         return
     rows, sizes = view.args[0], view.args[1]  # type: ignore[union-attr]
-    if not same(tensor(rows).shape[-1], tensor(view).shape[-1]):  # type: ignore[arg-type]
+    width = tensor(view).shape[-1]  # type: ignore[arg-type]
+    stored = [tensor(user).shape[-1] for user in node.users if user.args[1] == 0]
+    if not same(tensor(rows).shape[-1], width) or not all(isinstance(n, int) or same(n, width) for n in stored):  # type: ignore
         return
     graph = node.graph
     with graph.inserting_before(node):
@@ -161,7 +163,9 @@ def _lift(node: fx.Node) -> None:
         with graph.inserting_before(user):
             value = emit(graph, operator.getitem, (new, user.args[1]), like=user)
             if user.args[1] == 0:
-                value = emit(graph, aten.reshape.default, (value, [*sizes[:-1], tensor(user).shape[-1]]), like=user)  # type: ignore
+                last = tensor(user).shape[-1]
+                last = last if isinstance(last, int) else sizes[-1]  # type: ignore[index]
+                value = emit(graph, aten.reshape.default, (value, [*sizes[:-1], last]), like=user)  # type: ignore[index]
         user.replace_all_uses_with(value)
         graph.erase_node(user)
     erase_dead(node)
