@@ -42,6 +42,14 @@ BY_HAND: dict[str, tuple[str, str, dict[str, str]]] = {
         "merge_all_reduce", "all_reduce(a) + all_reduce(b) → all_reduce(a + b)",
         {"plain": "tests/fusion/test_merge.py::test_sum[plain]"},
     ),
+    "delay_all_reduce": (
+        "merge_all_reduce", "all_reduce(x) · gate, or summed, and added → all_reduce(x · gate), added",
+        {"plain": "tests/fusion/test_summands.py::test_one_operator[gated]"},
+    ),
+    "summand_to_residual": (
+        "merge_all_reduce", "h + (all_reduce(x) + y) → (h + y) + all_reduce(x)",
+        {"plain": "tests/fusion/test_summands.py::test_one_operator[whole]"},
+    ),
     "scale_before_all_reduce": (
         "all_reduce_norm", "a constant factor between all_reduce and norm → before the all_reduce",
         {"plain": "tests/fusion/test_scale.py::test_factor[True-granite]"},
@@ -97,7 +105,7 @@ ABOUT = {
     "all_reduce_norm": "The sum over the ranks that ends attention or MLP, the residual, the norm; the sandwich of two norms.",
     "all_reduce_norm_quantize": "The same with the quantise of the norm's result behind it.",
     "norm_quantize": "Without a collective.",
-    "merge_all_reduce": "Shared experts beside routed ones: one all-reduce for two.",
+    "merge_all_reduce": "Shared experts beside routed ones: one all-reduce for two, where its residual and norm find it.",
     "sequence_parallel": "An all-reduce in two halves, the norm between them on each rank's own rows, the residual kept sharded.",
     "async_tp": "A product next to half an all-reduce, overlapped, with what follows on own rows.",
     "attention_quantize": "Attention, latent attention too, and the quantise of its rows.",

@@ -17,7 +17,7 @@ PASSES = (
     "all_reduce_norm",  # all-reduce → norm, with a residual, a bias, a scale, sandwich norms
     "all_reduce_norm_quantize",
     "norm_quantize",  # norm or activation → quantise, no collective
-    "merge_all_reduce",  # all_reduce(a) + all_reduce(b) → all_reduce(a + b)
+    "merge_all_reduce",  # all_reduce(a) + all_reduce(b) → all_reduce(a + b), and what brings them together
     "sequence_parallel",
     "async_tp",
     "attention_quantize",

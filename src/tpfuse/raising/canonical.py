@@ -5,15 +5,18 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit, erase_dead, substitute
 from tpfuse.rewrite.match import (
+    MULS,
     SPLITS,
     VIEWS,
     aten,
+    cast_source,
     is_call,
     is_tensor,
     prims,
@@ -28,6 +31,7 @@ from tpfuse.shim import OpOverload
 
 _SAME = (*VIEWS, aten.expand.default, aten.alias.default, aten.detach.default)
 _NO_OPS = (*_SAME, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
+LOW_FLOATS = (torch.bfloat16, torch.float16)
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # What a scale is formed by.
 _SCALE = (
@@ -50,6 +54,8 @@ def canonicalise(graph: fx.Graph) -> list[Event]:
             erase_dead(node)
         elif is_call(node, aten.cat.default):
             _fold_split(node)
+        elif node.target in _CASTS:
+            _fold_sum(node)
     _join(graph)
     return []
 
@@ -103,6 +109,18 @@ def _fold_split(cat: fx.Node) -> None:
         substitute(cat, aten.reshape.default, (x, sizes))
 
 
+def _fold_sum(cast: fx.Node) -> None:
+    """Two values cast up, added and cast back are a sum in their own dtype, which is added in FP32 and rounded once."""
+    total = cast.args[0]
+    if not is_call(total, aten.add.Tensor) or len(total.users) != 1 or total.kwargs or not all(map(is_tensor, total.args)):
+        return
+    terms = [cast_source(a) for a in total.args]
+    low = tensor(cast).dtype
+    wide = tensor(total).dtype == torch.float32 and all(t is not None and tensor(t).dtype == low for t in terms)
+    if low in LOW_FLOATS and wide:
+        substitute(cast, aten.add.Tensor, terms)
+
+
 def join_quantised(graph: fx.Graph) -> list[Event]:
     """Rows that several linear layers quantise alike, each for itself, are quantised once; their scale is formed once too."""
     _join(graph, (*_JOINED, *_SCALE, registry["quantize"].default))
@@ -139,16 +157,53 @@ def _frozen(value: Any) -> Any:
 
 
 def hoist_views(graph: fx.Graph) -> list[Event]:
-    """A view between an all-reduce and its consumers goes above the all-reduce, if it only regroups rows."""
-    all_reduce = registry["all_reduce"].default
-    for node in [n for n in graph.nodes if n.target is all_reduce]:
-        users = list(node.users)
-        view = users[0] if len(users) == 1 and is_call(users[0], *VIEWS) else None
-        if view is None or not same(tensor(view).shape[-1], tensor(node).shape[-1]):
+    """A view that only regroups rows goes above the all-reduce whose result it takes, and above sums and products with one."""
+    pending = [n for n in graph.nodes if is_call(n, *VIEWS)]
+    while pending:
+        view = pending.pop()
+        source: Any = view.args[0]
+        regrouped = _regrouped(source, view.args[1])
+        if not regrouped or len(source.users) != 1 or not same(tensor(view).shape[-1], tensor(source).shape[-1]):
             continue
-        if bring_before(node, view.args[1], movable=lambda n: not is_tensor(n)):
-            with graph.inserting_before(node):
-                x = emit(graph, aten.reshape.default, (node.args[0], view.args[1]), like=view)
-            if isinstance(substitute(view, all_reduce, (x, node.args[1]), at=node), Decline):
-                erase_dead(x)
+        if not bring_before(source, view.args[1], movable=lambda n: not is_tensor(n)):  # type: ignore[arg-type]
+            continue
+        with graph.inserting_before(source):
+            views = {t: emit(graph, aten.reshape.default, (t, sizes), like=view) for t, sizes in regrouped.items()}
+        args = fx.node.map_arg(source.args, lambda a, views=views: views.get(a, a))
+        if isinstance(substitute(view, source.target, args, at=source), Decline):
+            for unused in views.values():
+                erase_dead(unused)
+        else:
+            pending += views.values()
     return []
+
+
+def _regrouped(node: Any, sizes: Any) -> dict[fx.Node, list[Any]]:
+    """The operands that are regrouped in place of an all-reduce, or of a sum or product with one, and their sizes then.  Numbers
+    and vectors stay."""
+    if is_call(node, registry["all_reduce"].default):
+        return {node.args[0]: sizes}
+    if not _is_elementwise(node) or not any(_holds_all_reduce(a) for a in node.all_input_nodes):
+        return {}
+    found, whole = {}, tensor(node)
+    for a in node.all_input_nodes:
+        shape = tensor(a).shape
+        if same_shape(tensor(a), whole):
+            found[a] = sizes
+        elif len(shape) == whole.dim() and same(shape[-1], 1) and all(map(same, shape[:-1], whole.shape[:-1])):  # by row
+            found[a] = [*sizes[:-1], 1]
+        elif len(shape) > 1:
+            return {}
+    return found
+
+
+def _is_elementwise(node: Any) -> bool:
+    return is_call(node, aten.add.Tensor, *MULS) and not node.kwargs and all(map(is_tensor, node.all_input_nodes))
+
+
+def _holds_all_reduce(node: fx.Node) -> bool:
+    """Whether a value that nothing else takes is an all-reduce, or formed by sums and products of one."""
+    if len(node.users) != 1:
+        return False
+    own = _is_elementwise(node) and any(_holds_all_reduce(a) for a in node.all_input_nodes)
+    return own or is_call(node, registry["all_reduce"].default)
