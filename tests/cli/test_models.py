@@ -196,6 +196,16 @@ def test_a_plan_shares_out_neither_embeddings_nor_gradients(kind, tied):
         assert plan["model.layers.*.self_attn.q_norm"] == models.WHOLE
 
 
+def test_a_plan_of_a_configuration_that_says_nothing_of_tied_weights():
+    """As Inkling's."""
+    config = zoo.config_of("llama")
+    with torch.device("meta"):
+        model = pytest.importorskip("transformers").AutoModelForCausalLM.from_config(config)
+    config.get_text_config = lambda: object()
+    model.config = config
+    assert models.plan_of(model)["lm_head"] == "colwise_gather_output"
+
+
 def test_fingerprints_tell_models_apart(llama, copy):
     before = models.fingerprint(llama)
     assert models.fingerprint(copy) == before

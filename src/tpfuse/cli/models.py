@@ -209,7 +209,7 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
     untouched: Any = TensorParallelLayer()  # transformers 5.23 has a style of this class, 5.17 none
     ALL_PARALLEL_STYLES.register(WHOLE, untouched)
     own = dict(model.tp_plan)
-    tied = ("lm_head",) if model.config.get_text_config().tie_word_embeddings else ()
+    tied = ("lm_head",) if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else ()
     return {n: WHOLE if n in tied or "embedding" in style or "grad" in style else style for n, style in own.items()}
 
 
