@@ -100,6 +100,13 @@ def test_not_merged(reason: str, group: str) -> None:
     assert event.status == "declined" and event.reason is not None and event.reason.code == reason
 
 
+def test_what_was_merged_and_finds_no_norm_is_told(group: str) -> None:
+    gm, _ = trace(lambda a, b: torch.tanh(reduced(a * 2, group) + reduced(b * 3, group)), inputs())
+    raise_graph(gm.graph)
+    declined = [e for e in fuse(gm.graph, ["merge_all_reduce", "all_reduce_norm"]) if e.status == "declined"]
+    assert [e.reason.code for e in declined if e.reason and e.attributes.get("operator") == "all_reduce"] == ["no_norm"]
+
+
 def test_scaled_add_is_no_sum(group: str) -> None:
     names, events = merged(lambda a, b: torch.add(reduced(a * 2, group), reduced(b * 3, group), alpha=2), *inputs())
     assert names == ["all_reduce"] * 2 and not events
