@@ -48,12 +48,12 @@ def norm_tests(name: str) -> str:
 
 
 MUTANTS = [
-    Mutant("a gate of a later collective", "fusion/delay.py", "latest_collective(graph)[factor] < reduced.meta[ORDER]", "True",
+    Mutant("a gate of a later collective", "fusion/delay.py", "latest[factor] < reduced.meta[ORDER]", "True",
            ("tests/fusion/test_summands.py::test_what_must_stay[gate_of_a_later_sum]",)),
     Mutant("rows beside an all-reduce lose their factor", "fusion/summands.py", "for value in (rows, reduced))",
            "for value in (reduced, reduced))", ("tests/fusion/test_summands.py::test_no_less_exact[world2-all_reduced]",)),
     Mutant("a summand of a later collective", "fusion/summands.py",
-           "max(latest.get(v, -1) for v in (rows, residual)) < reduced.meta[ORDER] and fuel()", "fuel()",
+           "max(latest[v] for v in (rows, residual)) < reduced.meta[ORDER] and fuel()", "fuel()",
            ("tests/fusion/test_summands.py::test_summand_of_a_later_collective_stays",)),
     Mutant("a gate keeps its rows' sizes", "raising/canonical.py", "found[a] = [*sizes[:-1], 1]", "found[a] = sizes",
            ("tests/fusion/test_summands.py::test_one_operator[gated]",)),

@@ -27,6 +27,7 @@ FOLDED = {
     "copy of a value": (lambda x: (x + 1).clone().exp(), {"clone": 0}),
     "cast twice": (twice_cast, {"convert_element_type": 1}),
     "view twice": (lambda x: aten.view(x, [12, 16]).exp() + aten.view(x, [12, 16]), {"view": 1}),
+    "sum in FP32": (lambda x: (x.float() + x.exp().float()).bfloat16().exp(), {"convert_element_type": 0}),
     "split and cat, one row of shards": (lambda x: torch.cat(x.view(1, 24, 8).split(12, 1)).exp(), {"cat": 0}),
     "a split for each piece": (
         lambda x: torch.cat([x.view(1, 24, 8).split(12, 1)[0], x.view(1, 24, 8).split(12, 1)[1]]).exp(),
@@ -44,6 +45,7 @@ KEPT = {
     "copy that changes the strides": (lambda x: x.t().contiguous().exp(), {"clone": 1}),
     "two casts that leave the graph": (lambda x: (x.float(), x.float()), {"convert_element_type": 2}),
     "expand to more rows": (lambda x: (x[:1] + 1).expand(24, 8) * x, {"expand": 1}),
+    "sum in FP32, read as well": (lambda x: ((y := x.float() + x.exp().float()), y.bfloat16()), {"convert_element_type": 3}),
     "cast down and up": (lambda x: (x.float() * 3).bfloat16().float().exp(), {"convert_element_type": 3}),
     "split and cat with a batch": (lambda x: torch.cat(x.view(2, 12, 8).split(6, 1)), {"cat": 1}),
     "split and cat, order changed": (lambda x: torch.cat(x.view(1, 24, 8).split(12, 1)[::-1]), {"cat": 1}),

@@ -8,6 +8,7 @@ roundings, so the pass changes numerics: each rank rounds a + b once where the s
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 from torch import fx
 
@@ -15,7 +16,7 @@ from tpfuse.fusion.composites import Fuel
 from tpfuse.ir.op import registry
 from tpfuse.report import Decline, Event
 from tpfuse.rewrite.emit import emit
-from tpfuse.rewrite.match import aten, is_call, only_user, same_shape, tensor
+from tpfuse.rewrite.match import aten, is_call, is_tensor, only_user, same_shape, tensor
 from tpfuse.rewrite.order import ORDER, number_collectives, sort
 from tpfuse.rewrite.site import site_of
 
@@ -26,7 +27,7 @@ def merge_all_reduces(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]
     """Merge the all-reduces of every sum.  Sums are flattened: h + all_reduce(a) + all_reduce(b) merges too."""
     number_collectives(graph)
     events = []
-    for root in [n for n in graph.nodes if _is_sum(n) and not _is_inner(n)]:
+    for root in [n for n in graph.nodes if is_sum(n) and not _is_inner(n)]:
         reduced = [t for t in _terms(root) if is_call(t, registry["all_reduce"].default)]
         declined: Decline | None = None
         while pair := next((p for p in combinations(reduced, 2) if _refusal(*p) is None), None):
@@ -43,22 +44,25 @@ def merge_all_reduces(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]
     return events
 
 
-def _is_sum(node: fx.Node) -> bool:
-    return is_call(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1 and len(node.all_input_nodes) == 2
+def is_sum(node: Any) -> bool:
+    """Whether a node adds two values as they are."""
+    if not is_call(node, aten.add.Tensor) or node.kwargs.get("alpha", 1) != 1:
+        return False
+    return len(node.all_input_nodes) == 2 and all(map(is_tensor, node.args))
 
 
 def _is_inner(node: fx.Node) -> bool:
     """Whether a sum is a term of another one and nothing else."""
     user = only_user(node)
-    return user is not None and _is_sum(user) and _like(user, node)
+    return user is not None and is_sum(user) and like(user, node)
 
 
 def _terms(root: fx.Node) -> list[fx.Node]:
     """The terms of a sum of sums, inner sums that something else uses as well taken whole."""
-    return [t for a in root.all_input_nodes for t in (_terms(a) if _is_sum(a) and _is_inner(a) else [a])]
+    return [t for a in root.all_input_nodes for t in (_terms(a) if is_sum(a) and _is_inner(a) else [a])]
 
 
-def _like(a: fx.Node, b: fx.Node) -> bool:
+def like(a: fx.Node, b: fx.Node) -> bool:
     return tensor(a).dtype == tensor(b).dtype and same_shape(tensor(a), tensor(b))
 
 
@@ -70,7 +74,7 @@ def _refusal(a: fx.Node, b: fx.Node) -> Decline | None:
             return Decline("second_user", f"{term.name} is used by {names}, not by the sum alone")
     if a.args[1] != b.args[1]:
         return Decline("group", f"{a.name} and {b.name} are sums over different groups ({a.args[1]}, {b.args[1]})")
-    if not _like(a, b):
+    if not like(a, b):
         left, right = tensor(a), tensor(b)
         detail = f"{left.dtype} {list(left.shape)} and {right.dtype} {list(right.shape)}"
         return Decline("shape", f"{a.name} and {b.name} differ: {detail}")
@@ -101,7 +105,7 @@ def _revalue(node: fx.Node) -> None:
     while is_call(node, aten.add.Tensor):
         with node.graph.inserting_before(node):
             new = emit(node.graph, aten.add.Tensor, node.args, like=node, kwargs=node.kwargs)
-        if _like(new, node):
+        if like(new, node):
             node.graph.erase_node(new)
             return
         (user,) = node.users

@@ -12,14 +12,14 @@ from typing import Any
 from torch import fx
 
 from tpfuse.fusion.composites import Fuel
+from tpfuse.fusion.merge import is_sum, like
 from tpfuse.ir.op import registry
 from tpfuse.report import Event
 from tpfuse.rewrite.emit import emit, erase_dead
-from tpfuse.rewrite.match import MULS, aten, is_call, is_tensor, same_shape, tensor
+from tpfuse.rewrite.match import MULS, aten, is_call
 from tpfuse.rewrite.order import ORDER, latest_collective, number_collectives
 from tpfuse.rewrite.site import site_of
 
-PASS = "merge_all_reduce"
 RULE = "summand_to_residual"
 
 
@@ -28,22 +28,18 @@ def regroup(graph: fx.Graph, fuel: Fuel = lambda: True) -> list[Event]:
     number_collectives(graph)
     latest, events = latest_collective(graph), []
     for total in graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        if not _is_sum(total) or not any(is_call(u, registry["rms_norm"].default) for u in total.users):
+        if not is_sum(total) or not any(is_call(u, registry["rms_norm"].default) for u in total.users):
             continue
         for x, residual in (total.args, total.args[::-1]):
             found = _beside(x, residual)
             if found is None:
                 continue
             reduced, rows, factor = found
-            if max(latest.get(v, -1) for v in (rows, residual)) < reduced.meta[ORDER] and fuel():
+            if max(latest[v] for v in (rows, residual)) < reduced.meta[ORDER] and fuel():
                 _regroup(total, x, residual, reduced, rows, factor)
                 events.append(Event("fired", RULE, site_of(reduced), node=reduced.name))
                 break
     return events
-
-
-def _is_sum(node: Any) -> bool:
-    return is_call(node, aten.add.Tensor) and all(map(is_tensor, node.args)) and not node.kwargs
 
 
 def _beside(x: Any, residual: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
@@ -51,17 +47,13 @@ def _beside(x: Any, residual: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
     factor = None
     if is_call(x, *MULS) and len(x.users) == 1 and isinstance(x.args[1], float | int):
         x, factor = x.args
-    if not _is_sum(x) or len(x.users) != 1:
+    if not is_sum(x) or len(x.users) != 1:
         return None
     for reduced, rows in (x.args, x.args[::-1]):
         alone = is_call(reduced, registry["all_reduce"].default) and len(reduced.users) == 1
-        if alone and not is_call(rows, registry["all_reduce"].default) and all(_like(v, reduced) for v in (rows, residual)):
+        if alone and not is_call(rows, registry["all_reduce"].default) and all(like(v, reduced) for v in (rows, residual)):
             return reduced, rows, factor
     return None
-
-
-def _like(a: fx.Node, b: fx.Node) -> bool:
-    return tensor(a).dtype == tensor(b).dtype and same_shape(tensor(a), tensor(b))
 
 
 def _regroup(total: fx.Node, x: fx.Node, residual: fx.Node, reduced: fx.Node, rows: fx.Node, factor: Any) -> None:

@@ -31,7 +31,7 @@ from tpfuse.shim import OpOverload
 
 _SAME = (*VIEWS, aten.expand.default, aten.alias.default, aten.detach.default)
 _NO_OPS = (*_SAME, aten.clone.default, prims.convert_element_type.default, aten._to_copy.default)
-LOW_FLOATS = (torch.bfloat16, torch.float16)
+_LOW_FLOATS = (torch.bfloat16, torch.float16)
 _CASTS = (prims.convert_element_type.default, aten._to_copy.default)
 # What a scale is formed by.
 _SCALE = (
@@ -111,13 +111,13 @@ def _fold_split(cat: fx.Node) -> None:
 
 def _fold_sum(cast: fx.Node) -> None:
     """Two values cast up, added and cast back are a sum in their own dtype, which is added in FP32 and rounded once."""
-    total = cast.args[0]
-    if not is_call(total, aten.add.Tensor) or len(total.users) != 1 or total.kwargs or not all(map(is_tensor, total.args)):
+    total = cast_source(cast)
+    if not is_call(total, aten.add.Tensor) or len(total.users) != 1 or not _is_elementwise(total):
         return
-    terms = [cast_source(a) for a in total.args]
+    terms = [cast_source(a) for a in total.args]  # type: ignore[union-attr]
     low = tensor(cast).dtype
     wide = tensor(total).dtype == torch.float32 and all(t is not None and tensor(t).dtype == low for t in terms)
-    if low in LOW_FLOATS and wide:
+    if low in _LOW_FLOATS and wide:
         substitute(cast, aten.add.Tensor, terms)
 
 
